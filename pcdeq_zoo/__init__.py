@@ -1,0 +1,41 @@
+"""A model zoo of positive concave deep equilibrium models. Importing it registers the models with timm."""
+
+from pcdeq_zoo.data import DATASETS, DataError, Dataset
+from pcdeq_zoo.layers import ACTIVATIONS, PcDEQConv2d, PcDEQLinear
+from pcdeq_zoo.pcdeq import PcDEQ
+from pcdeq_zoo.solver import (
+    ConvergenceError,
+    ConvergenceWarning,
+    Solution,
+    Solver,
+    SolveRecord,
+    Status,
+    record_solves,
+    solve,
+)
+from pcdeq_zoo.variants import VARIANTS, Recipe, Variant
+from pcdeq_zoo.weights import WeightsError
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ACTIVATIONS",
+    "DATASETS",
+    "VARIANTS",
+    "ConvergenceError",
+    "ConvergenceWarning",
+    "DataError",
+    "Dataset",
+    "PcDEQ",
+    "PcDEQConv2d",
+    "PcDEQLinear",
+    "Recipe",
+    "Solution",
+    "SolveRecord",
+    "Solver",
+    "Status",
+    "Variant",
+    "WeightsError",
+    "record_solves",
+    "solve",
+]

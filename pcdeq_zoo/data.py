@@ -1,0 +1,231 @@
+"""MNIST, SVHN and CIFAR-10 as uint8 tensors, from local files, the package's sample, or the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["DATASETS", "DataError", "Dataset", "load", "normalize"]
+
+DATA_ROOT_VARIABLE = "PCDEQ_ZOO_DATA"
+_DEFAULT_DATA_ROOT = "../shared/data"
+_SAMPLES = Path(__file__).parent / "samples"
+
+Split = Literal["train", "test"]
+
+
+class DataError(RuntimeError):
+    """A data set that is missing, or not what it should be; the message says where, and what to do."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What is known of a data set, and where its files are.
+
+    Attributes:
+        name: Last part of the model names: "mnist", "svhn" or "cifar".
+        title: Name in the paper.
+        folder: Its folder below the data root.
+        hub_id: Data set on the Hugging Face Hub.
+        hub_config: Folder of the parquet files in it.
+        input_size: Channels, height, width.
+        mean: Per channel, of pixels in [0, 1]; `normalize` subtracts it.
+        std: Per channel; `normalize` divides by it.
+        classes: Names of the labels 0 to 9.
+        sizes: Images per split.
+    """
+
+    name: str
+    title: str
+    folder: str
+    hub_id: str
+    hub_config: str
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    classes: tuple[str, ...]
+    sizes: dict[Split, int]
+
+
+_DIGITS = tuple("0123456789")
+
+DATASETS = {
+    "mnist": Dataset(
+        name="mnist",
+        title="MNIST",
+        folder="mnist",
+        hub_id="ylecun/mnist",
+        hub_config="mnist",
+        input_size=(1, 28, 28),
+        mean=(0.0,),
+        std=(1.0,),
+        classes=_DIGITS,
+        sizes={"train": 60_000, "test": 10_000},
+    ),
+    "svhn": Dataset(
+        name="svhn",
+        title="SVHN",
+        folder="svhn",
+        hub_id="ufldl-stanford/svhn",
+        hub_config="cropped_digits",
+        input_size=(3, 32, 32),
+        mean=(0.4377, 0.4438, 0.4728),
+        std=(0.1980, 0.2010, 0.1970),
+        classes=_DIGITS,
+        sizes={"train": 73_257, "test": 26_032},
+    ),
+    "cifar": Dataset(
+        name="cifar",
+        title="CIFAR-10",
+        folder="cifar10",
+        hub_id="uoft-cs/cifar10",
+        hub_config="plain_text",
+        input_size=(3, 32, 32),
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2470, 0.2435, 0.2616),
+        classes=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+        sizes={"train": 50_000, "test": 10_000},
+    ),
+}
+
+
+def normalize(images: Tensor, dataset: Dataset) -> Tensor:
+    """Turn uint8 images (N, C, H, W) into what the models take: float32, scaled to [0, 1], mean and std per channel."""
+    mean, std = (torch.tensor(v, device=images.device).view(-1, 1, 1) for v in (dataset.mean, dataset.std))
+    return images.float().div(255).sub(mean).div(std)
+
+
+def load(dataset: Dataset, split: Split, source: str | Path | None = None) -> tuple[Tensor, Tensor]:
+    """Read a whole split into memory.
+
+    Args:
+        dataset: One of `DATASETS`.
+        split: "train" or "test".
+        source: A folder with parquet files (`train-*.parquet`, `test-*.parquet`, as on the Hub) or in torchvision's
+            layout; "sample" for the 2,000 MNIST digits in this package; "hub" for the Hugging Face Hub. By default the
+            data set's folder below `$PCDEQ_ZOO_DATA` (itself `../shared/data` by default) where there is one, else the
+            Hub.
+
+    Returns:
+        Images (N, C, H, W), uint8, and labels (N,), int64.
+
+    Raises:
+        DataError: Nothing there, no network, or files that do not hold this data set.
+    """
+    if split not in dataset.sizes:
+        raise ValueError(f"split must be train or test, got {split!r}")
+    if source is None:
+        source = Path(os.environ.get(DATA_ROOT_VARIABLE, _DEFAULT_DATA_ROOT)) / dataset.folder
+        source = source if source.is_dir() else "hub"
+    if source == "hub":
+        files = _download(dataset, split)
+    else:
+        folder = _SAMPLES / dataset.folder if source == "sample" else Path(source)
+        if not folder.is_dir():
+            raise DataError(
+                f"no {dataset.title} sample ships with the package, only one of MNIST"
+                if source == "sample"
+                else f"no data folder {folder}: give one that exists, or 'hub', or set {DATA_ROOT_VARIABLE}"
+            )
+        files = sorted(folder.glob(f"{split}-*.parquet"))
+        if not files:
+            return _read_torchvision(dataset, split, folder)
+    return _read_parquet(dataset, files)
+
+
+def _download(dataset: Dataset, split: Split) -> list[Path]:
+    from huggingface_hub import snapshot_download
+
+    pattern = f"{dataset.hub_config}/{split}-*.parquet"
+    try:
+        folder = snapshot_download(dataset.hub_id, repo_type="dataset", allow_patterns=pattern)
+    except Exception as error:  # the client raises a dozen unrelated classes for "no network"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"could not get {dataset.title} ({dataset.hub_id}) from the Hugging Face Hub: {reason}. Without a network, put "
+            f"its parquet files into a folder and name it, or set {DATA_ROOT_VARIABLE} to the parent of {dataset.folder}/"
+        ) from error
+    files = sorted(Path(folder).glob(pattern))
+    if not files:
+        raise DataError(f"{dataset.hub_id} on the Hugging Face Hub holds no {pattern}")
+    return files
+
+
+def _read_parquet(dataset: Dataset, files: Iterable[Path]) -> tuple[Tensor, Tensor]:
+    try:
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise DataError("reading parquet files needs pyarrow: pip install 'pcdeq-zoo[recipes]'") from error
+
+    images: list[np.ndarray] = []
+    labels: list[int] = []
+    for file in files:
+        try:
+            table = pq.read_table(file)
+        except Exception as error:  # pyarrow raises its own classes, OSError and more for damaged files
+            raise DataError(f"cannot read {file} ({file.stat().st_size} bytes) as parquet: {error}") from error
+        column = next((c for c in ("image", "img") if c in table.column_names), None)
+        if column is None or "label" not in table.column_names:
+            raise DataError(f"{file} has columns {table.column_names}, wanted 'image' (or 'img') and 'label'")
+        _check_class_names(dataset, file, table.schema.metadata or {})
+        images += [_decode(dataset, file, row["bytes"]) for row in table[column].to_pylist()]
+        labels += table["label"].to_pylist()
+    return _tensors(dataset, np.stack(images) if images else np.empty(0), labels, ", ".join(map(str, files)))
+
+
+def _check_class_names(dataset: Dataset, file: Path, metadata: dict[bytes, bytes]) -> None:
+    """SVHN and CIFAR-10 have the same shape: where the file says what its labels mean, that must fit."""
+    features: dict[str, Any] = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    names = features.get("label", {}).get("names")
+    if names is not None and tuple(names) != dataset.classes:
+        raise DataError(f"{file} has the classes {', '.join(names)}; {dataset.title} has {', '.join(dataset.classes)}")
+
+
+def _decode(dataset: Dataset, file: Path, data: bytes) -> np.ndarray:
+    from PIL import Image
+
+    channels, height, width = dataset.input_size
+    image = Image.open(io.BytesIO(data))
+    if image.size != (width, height):
+        raise DataError(f"{file} holds a {image.width}x{image.height} image, {dataset.title} has {width}x{height}")
+    array = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+    return array.reshape(height, width, channels).transpose(2, 0, 1)
+
+
+def _read_torchvision(dataset: Dataset, split: Split, folder: Path) -> tuple[Tensor, Tensor]:
+    from torchvision import datasets
+
+    train = split == "train"
+    try:
+        if dataset.name == "mnist":
+            mnist = datasets.MNIST(str(folder), train=train)
+            images, labels = mnist.data.numpy()[:, None], mnist.targets.tolist()
+        elif dataset.name == "svhn":
+            svhn = datasets.SVHN(str(folder), split=split)
+            images, labels = svhn.data, svhn.labels.tolist()
+        else:
+            cifar = datasets.CIFAR10(str(folder), train=train)
+            images, labels = cifar.data.transpose(0, 3, 1, 2), cifar.targets
+    except (RuntimeError, ImportError) as error:
+        raise DataError(
+            f"{folder} holds neither {split}-*.parquet nor {dataset.title} in torchvision's layout ({error})"
+        ) from error
+    return _tensors(dataset, images, labels, str(folder))
+
+
+def _tensors(dataset: Dataset, images: np.ndarray, labels: list[int], where: str) -> tuple[Tensor, Tensor]:
+    if not len(images):
+        raise DataError(f"{where} holds no images")
+    bad = sorted({label for label in labels if label is None or not 0 <= label < len(dataset.classes)}, key=str)
+    if bad:
+        raise DataError(f"{where} has labels {bad[:5]}, wanted 0 to {len(dataset.classes) - 1}")
+    return torch.from_numpy(np.ascontiguousarray(images)), torch.tensor(labels)

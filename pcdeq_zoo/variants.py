@@ -1,0 +1,109 @@
+"""The 32 networks of the paper as data: names, sizes, recipes and published accuracies.
+
+From Tables 1-3 (accuracy, mean of five runs) and 5-7 (hyper-parameters) of https://arxiv.org/abs/2402.04029. Everything
+that depends on the set of models (factories, configs, recipes, tests, README) reads this table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pcdeq_zoo.data import DATASETS, Dataset
+
+__all__ = ["VARIANTS", "Recipe", "Variant"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained: AdamW on all parameters and cross-entropy, in the paper's units.
+
+    Attributes:
+        epochs: Passes over the training set.
+        lr: Learning rate of AdamW at the start.
+        lr_decay_epoch: Epoch after which the learning rate is multiplied by `lr_decay_factor`, once.
+        weight_decay: Decoupled weight decay of AdamW, on all parameters.
+        batch_size: Images per optimiser step.
+        augmentation: Random crop of the image padded by 4, and random horizontal flip.
+    """
+
+    epochs: int
+    lr: float
+    lr_decay_epoch: int
+    weight_decay: float
+    augmentation: bool
+    lr_decay_factor: float = 0.1
+    batch_size: int = 64
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One network of the paper.
+
+    Attributes:
+        name: Name in the registry, e.g. "pcdeq1_mc_relu6_cifar".
+        paper_name: Name in the paper's tables, e.g. "pcDEQ-1-MC-ReLU6"; a star marks the large, augmented nets.
+        dataset: What it is trained on.
+        structure: "l" one linear, "sc" one convolutional, "mc" three convolutional pcDEQ layers (Appendix B).
+        activation: Key of `pcdeq_zoo.ACTIVATIONS`.
+        channels: Width of each pcDEQ layer.
+        parameters: Number of trainable parameters.
+        paper_accuracy: Published test accuracy in percent.
+        recipe: The paper's hyper-parameters.
+    """
+
+    name: str
+    paper_name: str
+    dataset: Dataset
+    structure: str
+    activation: str
+    channels: tuple[int, ...]
+    parameters: int
+    paper_accuracy: float
+    recipe: Recipe
+
+
+# Per group: structure, dataset, name suffix, channels, parameters, epochs, epoch of the decay, weight decay, augmentation,
+# then learning rate and accuracy by activation.
+_GROUPS = (
+    ("l", "mnist", "", (80,), 70_410, 40, 30, 0.02, False,
+     {"relu6": (1e-3, 98.1), "tanh": (1e-3, 98.2), "softsign": (1e-3, 98.1), "sigmoid": (1e-3, 98.1)}),
+    ("sc", "mnist", "", (82,), 69_136, 40, 30, 0.02, False,
+     {"relu6": (7e-4, 99.2), "tanh": (7e-4, 99.2), "softsign": (7e-4, 99.1), "sigmoid": (2e-4, 98.9)}),
+    ("mc", "mnist", "", (12, 24, 48), 41_278, 40, 30, 0.015, False,
+     {"relu6": (5e-4, 99.3), "tanh": (5e-4, 99.2), "softsign": (5e-4, 99.2), "sigmoid": (2e-4, 98.7)}),
+    ("sc", "svhn", "", (125,), 164_760, 80, 70, 0.02, False,
+     {"relu6": (7e-4, 88.0), "tanh": (7e-4, 88.1), "softsign": (7e-4, 88.4), "sigmoid": (5e-4, 87.3)}),
+    ("mc", "svhn", "", (20, 50, 80), 130_950, 50, 40, 0.015, False,
+     {"relu6": (5e-4, 93.0), "tanh": (5e-4, 92.3), "softsign": (5e-4, 92.3), "sigmoid": (2e-4, 91.5)}),
+    ("sc", "cifar", "", (125,), 164_760, 80, 70, 0.02, False,
+     {"relu6": (5e-4, 76.3), "tanh": (5e-4, 76.6), "softsign": (5e-4, 76.4), "sigmoid": (2e-4, 75.5)}),
+    ("mc", "cifar", "", (20, 50, 80), 130_950, 50, 40, 0.015, False,
+     {"relu6": (7e-4, 78.2), "tanh": (7e-4, 76.5), "softsign": (7e-4, 77.1), "sigmoid": (2e-4, 71.0)}),
+    ("mc", "cifar", "_large", (100, 120, 140), 661_470, 120, 100, 0.02, True,
+     {"relu6": (7e-4, 89.2), "tanh": (7e-4, 88.5), "softsign": (7e-4, 89.0), "sigmoid": (2e-4, 85.6)}),
+)  # fmt: skip
+
+_PAPER_ACTIVATIONS = {"relu6": "ReLU6", "tanh": "Tanh", "softsign": "Softsign", "sigmoid": "Sigmoid"}
+
+
+def _variants() -> dict[str, Variant]:
+    variants = {}
+    for structure, dataset, suffix, channels, parameters, epochs, decay_epoch, decay, augmentation, runs in _GROUPS:
+        for activation, (lr, accuracy) in runs.items():
+            kind = 2 if activation == "sigmoid" else 1
+            name = f"pcdeq{kind}_{structure}_{activation}_{dataset}{suffix}"
+            variants[name] = Variant(
+                name=name,
+                paper_name=f"pcDEQ-{kind}-{structure.upper()}-{_PAPER_ACTIVATIONS[activation]}{'*' if suffix else ''}",
+                dataset=DATASETS[dataset],
+                structure=structure,
+                activation=activation,
+                channels=channels,
+                parameters=parameters,
+                paper_accuracy=accuracy,
+                recipe=Recipe(epochs, lr, decay_epoch, decay, augmentation),
+            )
+    return variants
+
+
+VARIANTS: dict[str, Variant] = _variants()

@@ -37,6 +37,7 @@ ACTIVATIONS = {
     "sigmoid": Activation(nn.Sigmoid, lambda z: z * (1 - z), 2),
 }
 
+
 class _Equilibrium(torch.autograd.Function):
     """(x, W) ↦ z*, differentiated implicitly: nothing is saved but z* and W.
 

@@ -98,7 +98,9 @@ class PcDEQHead(nn.Module):
             self.pool = SelectAdaptivePool2d(pool_type=self.pool_type, flatten=bool(self.pool_type))
             self.num_features = self.in_features * self.pool.feat_mult()
         classifier = nn.Linear if self.pool_type else partial(nn.Conv2d, kernel_size=1)
-        self.fc = classifier(self.num_features, num_classes, device=device, dtype=dtype) if num_classes else nn.Identity()
+        self.fc = (
+            classifier(self.num_features, num_classes, device=device, dtype=dtype) if num_classes else nn.Identity()
+        )
         self.train(self.training)
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -147,7 +149,9 @@ class PcDEQ(nn.Module):
         if structure not in _POOL_WINDOWS:
             raise ValueError(f"structure must be one of {', '.join(_POOL_WINDOWS)}, got {structure!r}")
         if not channels or (structure != "mc" and len(channels) != 1):
-            raise ValueError(f"structure {structure!r} takes {'some' if structure == 'mc' else 'one'} width, got {channels}")
+            raise ValueError(
+                f"structure {structure!r} takes {'some' if structure == 'mc' else 'one'} width, got {channels}"
+            )
         if in_chans < 1:
             raise ValueError(f"in_chans must be at least 1, got {in_chans}")
         height, width = to_2tuple(img_size)
@@ -293,7 +297,9 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
         if name.startswith("head."):
             continue
         if name not in state_dict:
-            raise WeightsError(f"these weights are not of this model: {name} is missing, they hold {list(state_dict)[:3]}…")
+            raise WeightsError(
+                f"these weights are not of this model: {name} is missing, they hold {list(state_dict)[:3]}…"
+            )
         found = state_dict[name]
         if name == "features.conv1.weight" and found.ndim == 2:  # the dense stem, on flattened images
             found = state_dict[name] = found.unflatten(1, (-1, *wanted.shape[2:]))

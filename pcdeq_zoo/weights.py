@@ -13,9 +13,34 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from timm.models import PretrainedCfg, load_state_dict
 
-__all__ = ["CHECKPOINTS", "WeightsError", "check_source", "results", "sha256"]
+__all__ = ["CHECKPOINTS", "RESULT_COLUMNS", "WeightsError", "check_source", "results", "sha256"]
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
+
+# Accuracies in percent; the first nine as in timm's result files.
+RESULT_COLUMNS = (
+    "model",
+    "top1",
+    "top1_err",
+    "top5",
+    "top5_err",
+    "param_count",  # millions
+    "img_size",
+    "crop_pct",
+    "interpolation",
+    "paper_top1",
+    "nll",  # mean cross-entropy, nats
+    "n",  # test images
+    "epochs",
+    "seed",
+    "tol",
+    "evals_mean",  # evaluations of W per image and pcDEQ layer
+    "evals_max",
+    "residual_max",  # largest relative change at which a solve ended
+    "commit",  # of the training code
+    "bytes",
+    "sha256",
+)
 
 
 class WeightsError(RuntimeError):
@@ -23,12 +48,7 @@ class WeightsError(RuntimeError):
 
 
 def results() -> dict[str, dict[str, str]]:
-    """The rows of `checkpoints/results.csv` by "model.tag", in the order of the file; a model's first row is its default.
-
-    Columns, accuracies in percent: model, top1, top1_err, top5, top5_err, nll (mean cross-entropy in nats), n (test
-    images), param_count (millions), img_size, crop_pct, interpolation (as in timm's result files), paper_top1, epochs,
-    seed, tol, evals_mean and evals_max (evaluations of W per image and layer), residual_max, commit, bytes, sha256.
-    """
+    """The rows of `checkpoints/results.csv` by "model.tag", in the order of the file; a model's first row is its default."""
     with (CHECKPOINTS / "results.csv").open(newline="", encoding="utf-8") as file:
         return {row["model"]: row for row in csv.DictReader(file)}
 

@@ -111,9 +111,9 @@ def load(dataset: Dataset, split: Split, source: str | Path | None = None) -> tu
         dataset: One of `DATASETS`.
         split: "train" or "test".
         source: A folder with parquet files (`train-*.parquet`, `test-*.parquet`, as on the Hub) or in torchvision's
-            layout; "sample" for the 2,000 MNIST digits in this package; "hub" for the Hugging Face Hub. By default the
-            data set's folder below `$PCDEQ_ZOO_DATA` (itself `../shared/data` by default) where there is one, else the
-            Hub.
+            layout; "sample" for the 2,000 MNIST digits in this package; "hub" for the Hugging Face Hub. By default
+            the data set's folder below `$PCDEQ_ZOO_DATA` (itself `../shared/data` by default) where there is one,
+            else the Hub.
 
     Returns:
         Images (N, C, H, W), uint8, and labels (N,), int64.
@@ -151,8 +151,9 @@ def _download(dataset: Dataset, split: Split) -> list[Path]:
     except Exception as error:  # the client raises a dozen unrelated classes for "no network"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
-            f"could not get {dataset.title} ({dataset.hub_id}) from the Hugging Face Hub: {reason}. Without a network, put "
-            f"its parquet files into a folder and name it, or set {DATA_ROOT_VARIABLE} to the parent of {dataset.folder}/"
+            f"could not get {dataset.title} ({dataset.hub_id}) from the Hugging Face Hub: {reason}. Without a network, "
+            f"put its parquet files into a folder and name it, or set {DATA_ROOT_VARIABLE} to the parent of "
+            f"{dataset.folder}/"
         ) from error
     files = sorted(Path(folder).glob(pattern))
     if not files:

@@ -1,8 +1,8 @@
 """pcDEQ layers: z* = σ(W z* + x) with W ≥ 0 (Definition 4.3 of https://arxiv.org/abs/2402.04029).
 
 A layer takes any real input, maps it to the nonnegative orthant, and returns the one equilibrium there. Which of the
-paper's two kinds it is follows from its activation: ReLU6, tanh and softsign vanish at 0 and need x ≫ 0 (pcDEQ-1, softplus
-with β = 5); sigmoid does not and needs x ≥ 0 (pcDEQ-2, ReLU).
+paper's two kinds it is follows from its activation: ReLU6, tanh and softsign vanish at 0 and need x ≫ 0 (pcDEQ-1,
+softplus with β = 5); sigmoid does not and needs x ≥ 0 (pcDEQ-2, ReLU).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.grad import conv2d_weight
 
 from pcdeq_zoo.solver import Solution, Solver, relative_change
 
@@ -76,18 +77,18 @@ def _no_autocast(device: torch.device) -> torch.autocast:
 
 
 class _PcDEQLayer(nn.Module):
-    """What the linear and the convolutional layer share; a subclass gives the map z ↦ W z, its adjoint and its gradient."""
+    """What the linear and the convolutional layer share. A subclass gives z ↦ W z, its adjoint and its gradient."""
 
-    # softplus(x, β = 5) is exactly 0 in float32 below x ≈ -20; then x ≫ 0 fails, and with it uniqueness (σ = ReLU6, w = 2
-    # has the equilibria 0 and 6). The smallest normal float32 restores it and is lost in any other sum.
+    # softplus(x, β = 5) is exactly 0 in float32 below x ≈ -20; then x ≫ 0 fails, and with it uniqueness (σ = ReLU6,
+    # w = 2 has the equilibria 0 and 6). The smallest normal float32 restores it and is lost in any other sum.
     _INPUT_FLOOR = torch.finfo(torch.float32).tiny
 
-    # Least row norm that weight normalisation divides by, so that an all-zero row gives zeros and not 0/0. It bounds the
-    # gradient too (by 1e12): the smallest normal number would let it overflow.
+    # Least row norm that weight normalisation divides by, so that an all-zero row gives zeros and not 0/0. It bounds
+    # the gradient too (by 1e12): the smallest normal number would let it overflow.
     _NORM_FLOOR = 1e-12
 
-    __constants__ = ["_INPUT_FLOOR", "_NORM_FLOOR", "kind", "tol", "max_evals"]
-    __jit_unused_properties__ = ["weight", "tol", "max_evals"]
+    __constants__ = ("_INPUT_FLOOR", "_NORM_FLOOR", "kind", "tol", "max_evals")
+    __jit_unused_properties__ = ("weight", "tol", "max_evals")
 
     def __init__(
         self,
@@ -152,6 +153,26 @@ class _PcDEQLayer(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.weight_v.shape[0]}, activation={self.activation!r}, solver={self.solver!r}"
 
+    def _arrange(self, x: Tensor) -> Tensor:
+        """Check the shape of x, and bring it to the one and the memory order that `_map` works in."""
+        raise NotImplementedError
+
+    def _arrange_weight(self, weight: Tensor) -> Tensor:
+        """Bring W to the memory order that `_map` works in."""
+        raise NotImplementedError
+
+    def _map(self, z: Tensor, weight: Tensor) -> Tensor:
+        """W z."""
+        raise NotImplementedError
+
+    def _adjoint(self, weight: Tensor) -> Tensor:
+        """The weight with which `_map` is Wᵀ a."""
+        raise NotImplementedError
+
+    def _weight_gradient(self, z: Tensor, a: Tensor, weight: Tensor) -> Tensor:
+        """Gradient of ⟨a, W z⟩ with respect to W."""
+        raise NotImplementedError
+
     def _input_map(self, x: Tensor) -> Tensor:
         if not x.is_floating_point():
             raise TypeError(f"a pcDEQ layer takes floating point inputs, got {x.dtype}")
@@ -163,9 +184,9 @@ class _PcDEQLayer(nn.Module):
         return F.relu(x)
 
     def _normalized_weight(self) -> Tensor:
-        v, g = self.weight_v, self.weight_g
         # Not clamp or relu: their gradient is 0 at 0, and a weight that was projected there could never grow again.
-        v, g = v.masked_fill(v < 0, 0.0), g.masked_fill(g < 0, 0.0)
+        v = self.weight_v.masked_fill(self.weight_v < 0, 0.0)
+        g = self.weight_g.masked_fill(self.weight_g < 0, 0.0)
         if v.dtype == torch.float16 or v.dtype == torch.bfloat16:
             v, g = v.float(), g.float()
         norm = torch.linalg.vector_norm(v, dim=list(range(1, v.ndim)), keepdim=True)
@@ -176,8 +197,8 @@ class _PcDEQLayer(nn.Module):
         """Project v and g in place. The function that the layer computes does not change.
 
         Done just before a training forward, this is the same iteration as the paper's projection after each optimiser
-        step, with nothing for the training loop to remember. `.data` keeps autograd's version counter where it is: within
-        one optimiser step a second projection changes nothing, so using the layer twice in one graph is safe.
+        step, with nothing for the training loop to remember. `.data` keeps autograd's version counter where it is:
+        within one optimiser step a second projection changes nothing, so using the layer twice in one graph is safe.
         """
         self.weight_v.data.clamp_(min=0)
         self.weight_g.data.clamp_(min=0)
@@ -214,7 +235,7 @@ class _PcDEQLayer(nn.Module):
             if not bool(running.any()):
                 break
         if bool(running.any()):
-            warnings.warn("a scripted pcDEQ solve did not converge")
+            warnings.warn("a scripted pcDEQ solve did not converge", stacklevel=2)
         return z
 
 
@@ -311,4 +332,4 @@ class PcDEQConv2d(_PcDEQLayer):
         return self._arrange_weight(weight.flip(2, 3).transpose(0, 1))
 
     def _weight_gradient(self, z: Tensor, a: Tensor, weight: Tensor) -> Tensor:
-        return torch.nn.grad.conv2d_weight(z, weight.shape, a, padding=self.padding)
+        return conv2d_weight(z, weight.shape, a, padding=self.padding)

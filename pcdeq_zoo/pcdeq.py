@@ -30,8 +30,8 @@ from pcdeq_zoo.weights import CHECKPOINTS, WeightsError, check_source, results
 
 __all__ = ["PcDEQ"]
 
-# Window of the paper's average pool, by structure. Windows do not overlap, and what does not fill one is dropped: of the
-# 7 x 7 positions that MC has at the end, the pool sees the first 4 x 4.
+# Window of the paper's average pool, by structure. Windows do not overlap, and what does not fill one is dropped: of
+# the 7 x 7 positions that MC has at the end, the pool sees the first 4 x 4.
 _POOL_WINDOWS = {"l": 1, "sc": 8, "mc": 4}
 
 _POOL_TYPES = ("paper", "avg", "max", "avgmax", "catavgmax", "")
@@ -45,9 +45,8 @@ def check_images(x: Tensor, in_chans: int, img_size: tuple[int, int]) -> None:
         raise ValueError(f"got images of shape {x.shape}, this model takes (N, {in_chans}, {height}, {width})")
     if not x.is_floating_point():
         raise TypeError(f"got {x.dtype} images, this model takes floating point: scale to [0, 1], then mean and std")
-    if not x.is_meta:
-        if not bool(x.isfinite().all()):
-            raise ValueError("got images with NaN or infinite pixels, this model takes finite ones")
+    if not x.is_meta and not bool(x.isfinite().all()):
+        raise ValueError("got images with NaN or infinite pixels, this model takes finite ones")
 
 
 class PcDEQHead(nn.Module):
@@ -93,7 +92,7 @@ class PcDEQHead(nn.Module):
                     f"{self.input_size[0]}x{self.input_size[1]}; use larger images or global_pool='avg'"
                 )
             self.num_features = self.in_features * cells
-            self.pool = nn.Sequential(nn.AvgPool2d(self.window), nn.Flatten(1))
+            self.pool: nn.Module = nn.Sequential(nn.AvgPool2d(self.window), nn.Flatten(1))
         else:
             self.pool = SelectAdaptivePool2d(pool_type=self.pool_type, flatten=bool(self.pool_type))
             self.num_features = self.in_features * self.pool.feat_mult()
@@ -119,8 +118,8 @@ class PcDEQ(nn.Module):
         num_classes: Classes, 0 for no classifier.
         in_chans: Channels of the images.
         img_size: Height and width of the images; other sizes are refused.
-        global_pool: "paper": average of 8x8 ("sc") or 4x4 ("mc") windows, dropping what does not fill one. "avg", "max",
-            "avgmax", "catavgmax": over all positions. "": none.
+        global_pool: "paper": average of 8x8 ("sc") or 4x4 ("mc") windows, dropping what does not fill one. "avg",
+            "max", "avgmax", "catavgmax": over all positions. "": none.
         drop_rate: Dropout before the classifier.
         tol, max_evals, on_failure: Settings of the equilibrium solves, see `Solver`; later through `model.solver`.
         device, dtype: Of parameters and buffers.
@@ -353,13 +352,13 @@ def _cfg(variant: Variant, file: str | None) -> dict[str, Any]:
 
 def _default_cfgs() -> dict[str, dict[str, Any]]:
     """A config for each checkpoint in the package, and one without weights for each model that has none."""
-    files = {model: str(CHECKPOINTS / f"{model}.safetensors") for model in results()}
+    files: dict[str, str | None] = {model: str(CHECKPOINTS / f"{model}.safetensors") for model in results()}
     trained = {model.split(".")[0] for model in files}
     files |= {f"{name}.paper": None for name in VARIANTS if name not in trained}
     return {model: _cfg(VARIANTS[model.split(".")[0]], file) for model, file in files.items()}
 
 
-default_cfgs = generate_default_cfgs(_default_cfgs())
+default_cfgs = generate_default_cfgs({**_default_cfgs()})
 
 
 def _create_pcdeq(variant: Variant, pretrained: bool = False, **kwargs: Any) -> PcDEQ:

@@ -2,8 +2,8 @@
 
 A pcDEQ layer is a positive concave map, so plain iteration converges geometrically from every nonnegative start
 (Proposition 4.6 of https://arxiv.org/abs/2402.04029); its adjoint equation converges by the same iteration because the
-Jacobian at the equilibrium has spectral radius below one. The loop decides sample by sample: a finished sample keeps its
-value while the others go on, so a result never depends on what else is in the batch.
+Jacobian at the equilibrium has spectral radius below one. The loop decides sample by sample: a finished sample keeps
+its value while the others go on, so a result never depends on what else is in the batch.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Solution:
 
 
 def relative_change(new: Tensor, old: Tensor) -> Tensor:
-    """‖new − old‖₂ / ‖new‖₂ per sample, shape (N,); 0 where nothing changed, NaN or inf only where an entry is not finite."""
+    """‖new − old‖₂ / ‖new‖₂ per sample, shape (N,); 0 where nothing changed, not finite only where an entry is not."""
     dims = list(range(1, new.ndim))
     change = torch.linalg.vector_norm(new - old, dim=dims)
     size = torch.linalg.vector_norm(new, dim=dims)
@@ -161,9 +161,9 @@ class Solver:
     Args:
         tol: Relative tolerance of `solve`, above 0; forward and backward. 1e-4 is the paper's.
         max_evals: Most evaluations per solve, at least 1. 200 is the paper's.
-        on_failure: What a solve does when a sample fails: "raise" `ConvergenceError`, "warn" (`ConvergenceWarning`, once
-            for all layers that share this object), or "ignore". The value is the last iterate in any case, and NaN or
-            infinity is passed on.
+        on_failure: What a solve does when a sample fails: "raise" `ConvergenceError`, "warn" (`ConvergenceWarning`,
+            once for all layers that share this object), or "ignore". The value is the last iterate in any case, and
+            NaN or infinity is passed on.
     """
 
     def __init__(self, tol: float = 1e-4, max_evals: int = 200, on_failure: OnFailure = "warn") -> None:

@@ -62,8 +62,8 @@ class Variant:
     recipe: Recipe
 
 
-# Per group: structure, dataset, name suffix, channels, parameters, epochs, epoch of the decay, weight decay, augmentation,
-# then learning rate and accuracy by activation.
+# Per group: structure, dataset, name suffix, channels, parameters, epochs, epoch of the decay, weight decay,
+# augmentation, then learning rate and accuracy by activation.
 _GROUPS = (
     ("l", "mnist", "", (80,), 70_410, 40, 30, 0.02, False,
      {"relu6": (1e-3, 98.1), "tanh": (1e-3, 98.2), "softsign": (1e-3, 98.1), "sigmoid": (1e-3, 98.1)}),

@@ -1,7 +1,7 @@
 """The checkpoints in this package: what was measured of them, and the check that a file is the one it was measured on.
 
-`checkpoints/results.csv` holds one row per checkpoint, with its test accuracy, how it was trained, and the size and sha256
-of its safetensors file. The pretrained configs, the model tables and the check below all read it.
+`checkpoints/results.csv` holds one row per checkpoint, with its test accuracy, how it was trained, and the size and
+sha256 of its safetensors file. The pretrained configs, the model tables and the check below all read it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class WeightsError(RuntimeError):
 
 
 def results() -> dict[str, dict[str, str]]:
-    """The rows of `checkpoints/results.csv` by "model.tag", in the order of the file; a model's first row is its default."""
+    """The rows of `checkpoints/results.csv` by "model.tag", in the file's order; a model's first is its default."""
     with (CHECKPOINTS / "results.csv").open(newline="", encoding="utf-8") as file:
         return {row["model"]: row for row in csv.DictReader(file)}
 
@@ -62,8 +62,8 @@ def sha256(path: Path) -> str:
 def check_source(cfg: PretrainedCfg) -> None:
     """Refuse a pretrained config whose weights cannot be loaded, before timm tries.
 
-    A file of this package must have the size and sha256 of its results row. Any other file must be readable and, where its
-    safetensors metadata name an architecture, hold that of `cfg`. Hub ids, URLs and state dicts are left to timm.
+    A file of this package must have the size and sha256 of its results row. Any other file must be readable and, where
+    its safetensors metadata name an architecture, hold that of `cfg`. Hub ids, URLs and state dicts are left to timm.
 
     Raises:
         WeightsError: No weights, no such file, or not the file that it should be.
@@ -88,8 +88,8 @@ def check_source(cfg: PretrainedCfg) -> None:
         row = results()[path.stem]
         if (found := sha256(path)) != row["sha256"]:
             raise WeightsError(
-                f"weights of {name}: {path} is damaged: got {size} bytes with sha256 {found}, wanted {row['bytes']} bytes "
-                f"with sha256 {row['sha256']}; install pcdeq_zoo again"
+                f"weights of {name}: {path} is damaged: got {size} bytes with sha256 {found}, wanted {row['bytes']} "
+                f"bytes with sha256 {row['sha256']}; install pcdeq_zoo again"
             )
         return
     try:

@@ -81,17 +81,15 @@ def check_source(cfg: PretrainedCfg) -> None:
         return
 
     path = Path(cfg.file)
-    if not path.is_file():
-        raise WeightsError(f"weights of {name}: there is no file {path}")
-    size = path.stat().st_size
+    found = f"{path.stat().st_size} bytes with sha256 {sha256(path)}" if path.is_file() else "no file"
     if path.parent == CHECKPOINTS:
         row = results()[path.stem]
-        if (found := sha256(path)) != row["sha256"]:
-            raise WeightsError(
-                f"weights of {name}: {path} is damaged: got {size} bytes with sha256 {found}, wanted {row['bytes']} "
-                f"bytes with sha256 {row['sha256']}; install pcdeq_zoo again"
-            )
+        wanted = f"{row['bytes']} bytes with sha256 {row['sha256']}"
+        if found != wanted:
+            raise WeightsError(f"weights of {name}: {path}: got {found}, wanted {wanted}; install pcdeq_zoo again")
         return
+    if not path.is_file():
+        raise WeightsError(f"weights of {name}: there is no file {path}")
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
@@ -100,8 +98,6 @@ def check_source(cfg: PretrainedCfg) -> None:
             load_state_dict(str(path))
             architecture = cfg.architecture
     except (SafetensorError, RuntimeError, ValueError, EOFError, OSError, KeyError, AttributeError) as error:
-        raise WeightsError(
-            f"weights of {name}: {path} ({size} bytes, sha256 {sha256(path)}) is not a readable checkpoint: {error}"
-        ) from error
+        raise WeightsError(f"weights of {name}: {path} is not a readable checkpoint: got {found}: {error}") from error
     if architecture != cfg.architecture:
         raise WeightsError(f"weights of {name}: {path} holds weights of {architecture}")

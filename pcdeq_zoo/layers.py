@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_weight
 
 from pcdeq_zoo.solver import Solution, Solver, relative_change
@@ -57,8 +56,10 @@ class _Equilibrium(torch.autograd.Function):
         ctx.save_for_backward(output, weight)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        if torch.is_grad_enabled():
+            # `once_differentiable` would let this pass where `grad` is a constant, and take D and z* for constants too.
+            raise NotImplementedError("a pcDEQ layer cannot be differentiated twice; use create_graph=False")
         z, weight = ctx.saved_tensors
         layer: _PcDEQLayer = ctx.layer
         with _no_autocast(z.device):

@@ -82,12 +82,10 @@ def check_source(cfg: PretrainedCfg) -> None:
 
     path = Path(cfg.file)
     found = f"{path.stat().st_size} bytes with sha256 {sha256(path)}" if path.is_file() else "no file"
-    if path.parent == CHECKPOINTS:
-        row = results()[path.stem]
+    if path.parent == CHECKPOINTS and (row := results().get(path.stem)):
         wanted = f"{row['bytes']} bytes with sha256 {row['sha256']}"
         if found != wanted:
             raise WeightsError(f"weights of {name}: {path}: got {found}, wanted {wanted}; install pcdeq_zoo again")
-        return
     if not path.is_file():
         raise WeightsError(f"weights of {name}: there is no file {path}")
     try:

@@ -1,0 +1,207 @@
+"""The loop: when a sample stops, what is told of it, and that no sample changes another."""
+
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pcdeq_zoo import ConvergenceError, ConvergenceWarning, PcDEQLinear, Solver, Status, record_solves, solve
+
+
+def contraction(rate: Tensor, fixed_point: Tensor):
+    """z ↦ z* + rate (z − z*), one rate per sample: evaluations and residuals can be computed by hand."""
+    return lambda z: fixed_point + rate[:, None] * (z - fixed_point)
+
+
+def test_each_sample_stops_by_its_own_criterion():
+    rate = torch.tensor([0.0, 0.1, 0.5, 0.9], dtype=torch.float64)
+    target = torch.rand(4, 5, dtype=torch.float64) + 1
+    together = solve(contraction(rate, target), torch.zeros_like(target), tol=1e-6)
+    assert together.converged.all()
+    assert together.evaluations.tolist() == sorted(together.evaluations.tolist())
+    for i in range(4):
+        alone = solve(contraction(rate[i : i + 1], target[i : i + 1]), torch.zeros(1, 5, dtype=torch.float64), tol=1e-6)
+        assert torch.equal(alone.value[0], together.value[i])
+        assert alone.evaluations[0] == together.evaluations[i]
+        assert alone.residual[0] == together.residual[i]
+        # The first k with ‖z_k − z_{k−1}‖ = rᵏ⁻¹ (1 − r) ‖z*‖ ≤ tol (1 − rᵏ) ‖z*‖.
+        r = rate[i].item()
+        k = next(k for k in range(1, 200) if r ** (k - 1) * (1 - r) <= 1e-6 * (1 - r**k))
+        assert alone.evaluations[0] == k
+
+
+def test_every_evaluation_counts_and_none_is_thrown_away():
+    calls = []
+
+    def step(z: Tensor) -> Tensor:
+        calls.append(z)
+        return 0.5 * z + 1
+
+    solution = solve(step, torch.zeros(3, 2), tol=1e-3)
+    assert solution.evaluations.tolist() == [len(calls)] * 3
+    assert torch.equal(solution.value, 0.5 * calls[-1] + 1)
+
+
+def test_status_says_how_each_sample_ended():
+    def step(z: Tensor) -> Tensor:
+        return torch.stack([0.5 * z[0] + 1, -z[1] + 1, z[2] * 1e30, z[3] * torch.nan])
+
+    start = torch.full((4, 3), 2.0)
+    solution = solve(step, start, max_evals=30)
+    assert solution.status.tolist() == [
+        Status.CONVERGED,
+        Status.MAX_EVALUATIONS,
+        Status.NON_FINITE,
+        Status.NON_FINITE,
+    ]
+    assert solution.evaluations.tolist()[1:] == [30, 2, 1]
+    assert solution.value[0].allclose(torch.tensor(2.0))
+    failure = solution.failure()
+    assert failure is not None
+    assert "1 of 4 samples did not reach the tolerance" in failure
+    assert "2 of 4 samples met NaN or infinity" in failure
+    assert solve(lambda z: z, start).failure() is None
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-9, 1.0, 1e9, 1e25])
+def test_scale_of_the_values_does_not_matter(scale: float):
+    # The squares of the first, second and last leave float32's range: a norm of 0 would read as convergence.
+    reference = solve(lambda z: 0.5 * z + 1, torch.ones(2, 3))
+    solution = solve(lambda z: 0.5 * z + scale, torch.full((2, 3), scale))
+    assert solution.converged.all()
+    assert solution.evaluations.tolist() == reference.evaluations.tolist()
+    assert (solution.value / scale).allclose(reference.value, rtol=1e-5)
+
+
+def test_zero_is_a_fixed_point_like_any_other():
+    solution = solve(lambda z: 0.5 * z, torch.zeros(2, 3))
+    assert solution.converged.all()
+    assert solution.evaluations.tolist() == [1, 1]
+
+
+def test_empty_batch():
+    solution = solve(lambda z: 0.5 * z, torch.zeros(0, 3))
+    assert solution.value.shape == (0, 3)
+    assert solution.failure() is None
+
+
+def test_meta_tensors_give_shapes():
+    solution = solve(lambda z: 0.5 * z, torch.zeros(2, 3, device="meta"))
+    assert solution.value.shape == (2, 3)
+    assert solution.value.is_meta
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tol": 0.0}, "tol must be above 0, got 0"),
+        ({"tol": float("nan")}, "tol must be above 0, got nan"),
+        ({"max_evals": 0}, "max_evals must be at least 1, got 0"),
+        ({"on_failure": "shout"}, "on_failure must be one of raise, warn, ignore, got 'shout'"),
+    ],
+)
+def test_bad_settings(settings: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        Solver(**settings)
+
+
+def test_bad_start():
+    with pytest.raises(ValueError, match=r"start must be \(N, ...\) with at least one entry axis, got shape \(3,\)"):
+        solve(lambda z: z, torch.zeros(3))
+
+
+class TestFailure:
+    """What a layer does with a solve that fails: two evaluations are never enough here."""
+
+    def model(self, on_failure: str) -> nn.Sequential:
+        solver = Solver(max_evals=2, on_failure=on_failure)
+        net = nn.Sequential(PcDEQLinear(4, "tanh", solver), PcDEQLinear(4, "tanh", solver))
+        with torch.no_grad():
+            for layer in net:
+                layer.weight_g.fill_(1)
+        return net
+
+    def test_warns_once_per_model(self):
+        for _ in range(2):
+            net = self.model("warn")
+            with warnings.catch_warnings(record=True, category=ConvergenceWarning) as caught:
+                warnings.simplefilter("always")
+                for _ in range(3):
+                    net(torch.randn(8, 4)).sum().backward()
+            assert len(caught) == 1
+            assert "8 of 8 samples did not reach the tolerance" in str(caught[0].message)
+
+    def test_raises(self):
+        net = self.model("raise")
+        with pytest.raises(ConvergenceError, match="after 2 evaluations"):
+            net(torch.randn(8, 4))
+        with pytest.raises(ConvergenceError), torch.no_grad():
+            net(torch.randn(8, 4))
+
+    def test_raises_in_the_backward_pass(self):
+        layer = PcDEQLinear(4, "tanh")
+        with torch.no_grad():
+            layer.weight_g.fill_(1)
+        y = layer(torch.randn(8, 4))
+        layer.solver.max_evals, layer.solver.on_failure = 1, "raise"
+        with pytest.raises(ConvergenceError, match="backward"):
+            y.sum().backward()
+
+    def test_ignores(self):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert self.model("ignore")(torch.randn(8, 4)).isfinite().all()
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+    def test_non_finite_input_is_told_and_stays_in_its_sample(self, bad: float):
+        layer = PcDEQLinear(4, "relu6")
+        x = torch.randn(3, 4)
+        good = layer(x)
+        x[1, 2] = bad
+        if bad == float("inf"):  # ReLU6 is bounded: an infinite input has an equilibrium
+            y = layer(x)
+            assert y.isfinite().all()
+        else:
+            with pytest.warns(ConvergenceWarning, match="1 of 3 samples met NaN or infinity"):
+                y = layer(x)
+            assert y[1].isnan().any()
+        assert torch.equal(y[[0, 2]], good[[0, 2]])
+
+
+class TestRecords:
+    def test_names_directions_and_order(self):
+        net = nn.Sequential(PcDEQLinear(4, "tanh"), nn.ReLU(), PcDEQLinear(4, "sigmoid"))
+        with record_solves(net) as solves:
+            net(torch.randn(8, 4)).sum().backward()
+        assert [(s.layer, s.direction) for s in solves] == [
+            ("0", "forward"),
+            ("2", "forward"),
+            ("2", "backward"),
+            ("0", "backward"),
+        ]
+        assert all(s.status.shape == s.evaluations.shape == s.residual.shape == (8,) for s in solves)
+        net(torch.randn(8, 4))
+        assert len(solves) == 4  # nothing after the block
+
+    def test_only_the_models_own_layers(self):
+        one, other = PcDEQLinear(4, "tanh"), PcDEQLinear(4, "tanh")
+        with record_solves(one) as outer:
+            one(torch.randn(2, 4))
+            with record_solves(other) as inner:
+                one(torch.randn(2, 4))
+                other(torch.randn(2, 4))
+        assert (len(outer), len(inner)) == (2, 1)
+
+    def test_an_exception_ends_the_recording(self):
+        layer = PcDEQLinear(4, "tanh")
+        with pytest.raises(ZeroDivisionError), record_solves(layer) as solves:
+            raise ZeroDivisionError
+        layer(torch.randn(2, 4))
+        assert solves == []
+
+    def test_nothing_is_left_on_the_module(self):
+        layer = PcDEQLinear(4, "tanh")
+        before = dict(vars(layer))
+        layer(torch.randn(2, 4)).sum().backward()
+        assert vars(layer) == before

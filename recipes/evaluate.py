@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pcdeq_zoo import VARIANTS, Dataset, record_solves
+from pcdeq_zoo import VARIANTS, DataError, Dataset, WeightsError, record_solves
 from pcdeq_zoo.data import load, normalize
 
 
@@ -75,9 +75,12 @@ def main() -> None:
         parser.error(f"unknown model {name}; the zoo has {', '.join(VARIANTS)}")
 
     overlay = {"file": str(args.checkpoint)} if args.checkpoint else None
-    model = timm.create_model(args.model, pretrained=True, pretrained_cfg_overlay=overlay)
     dataset = VARIANTS[name].dataset
-    images, labels = load(dataset, "test", args.data)
+    try:
+        model = timm.create_model(args.model, pretrained=True, pretrained_cfg_overlay=overlay)
+        images, labels = load(dataset, "test", args.data)
+    except (WeightsError, DataError) as error:
+        raise SystemExit(str(error)) from error
     accelerator = Accelerator()
     if accelerator.is_main_process:
         model.to(accelerator.device)

@@ -1,0 +1,283 @@
+"""The checkpoints: what is claimed of them, where they load, and what becomes of files that are not right.
+
+`python tests/test_weights.py` writes `logits.safetensors` for checkpoints that it does not hold yet.
+"""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from evaluate import evaluate
+from safetensors.torch import load_file, save_file
+
+import pcdeq_zoo
+from pcdeq_zoo import DATASETS, VARIANTS, WeightsError
+from pcdeq_zoo.data import load, normalize
+from pcdeq_zoo.weights import CHECKPOINTS, results, sha256
+
+ROOT = Path(__file__).parents[1]
+LOGITS = Path(__file__).with_name("logits.safetensors")
+
+every_checkpoint = pytest.mark.parametrize("checkpoint", list(results()))
+NAME = "pcdeq1_l_tanh_mnist"
+
+
+def logits(checkpoint: str) -> torch.Tensor:
+    """Of the first 16 test images, as float32 on a CPU gives them."""
+    images, _ = load(DATASETS["mnist"], "test", "sample")
+    with torch.inference_mode():
+        return timm.create_model(checkpoint, pretrained=True).eval()(normalize(images[:16], DATASETS["mnist"]))
+
+
+@every_checkpoint
+def test_logits_are_the_stored_ones(checkpoint: str):
+    # Three decimals: at tol 1e-4, other arithmetic may stop an evaluation earlier or later.
+    torch.testing.assert_close(logits(checkpoint), load_file(LOGITS)[checkpoint], rtol=1e-3, atol=5e-3)
+
+
+@every_checkpoint
+def test_claimed_accuracy(checkpoint: str, mnist_test):
+    row = results()[checkpoint]
+    variant = VARIANTS[checkpoint.split(".")[0]]
+    measured = evaluate(timm.create_model(checkpoint, pretrained=True), variant.dataset, *mnist_test)
+    assert measured["n"] == int(row["n"]) == variant.dataset.sizes["test"]
+    assert measured["top1"] == float(row["top1"])
+    assert measured["top5"] == float(row["top5"])
+    assert measured["nll"] == pytest.approx(float(row["nll"]), abs=2e-4)
+    assert measured["evals_mean"] == pytest.approx(float(row["evals_mean"]), abs=0.02)
+
+
+@every_checkpoint
+def test_row_file_and_log_belong_together(checkpoint: str):
+    row = results()[checkpoint]
+    variant = VARIANTS[checkpoint.split(".")[0]]
+    file = CHECKPOINTS / f"{checkpoint}.safetensors"
+    assert sha256(file) == row["sha256"]
+    assert file.stat().st_size == int(row["bytes"])
+    assert float(row["paper_top1"]) == variant.paper_accuracy
+    assert float(row["param_count"]) * 1e6 == pytest.approx(variant.parameters)
+    log = [json.loads(line) for line in (CHECKPOINTS / f"{checkpoint}.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in log] == list(range(1, int(row["epochs"]) + 1))
+
+
+@every_checkpoint
+def test_within_a_fifth_of_a_percent_of_the_paper(checkpoint: str):
+    row = results()[checkpoint]
+    assert float(row["top1"]) >= float(row["paper_top1"]) - 0.2
+
+
+def test_what_timm_lists_as_pretrained_is_what_ships():
+    assert timm.list_pretrained("pcdeq*") == sorted(results())
+    files = {file.name for file in CHECKPOINTS.glob("*.safetensors")}
+    assert files == {f"{checkpoint}.safetensors" for checkpoint in results()}
+
+
+@pytest.mark.parametrize("name", sorted(set(VARIANTS) - {checkpoint.split(".")[0] for checkpoint in results()}))
+def test_models_without_weights_say_so(name: str):
+    with pytest.raises(WeightsError, match=f"no weights of {name}.paper are published yet") as caught:
+        timm.create_model(name, pretrained=True)
+    assert "\n" not in str(caught.value)
+
+
+class TestAdaptation:
+    def test_other_classes_keep_the_features(self):
+        whole, other = (timm.create_model(NAME, pretrained=True, **kw).eval() for kw in ({}, {"num_classes": 3}))
+        x = torch.rand(4, 1, 28, 28)
+        assert torch.equal(whole.forward_features(x), other.forward_features(x))
+        assert other(x).shape == (4, 3)
+
+    def test_other_channels_see_the_same_grey_image(self):
+        grey, colour = (timm.create_model(NAME, pretrained=True, **kw).eval() for kw in ({}, {"in_chans": 3}))
+        x = torch.rand(4, 1, 28, 28)
+        torch.testing.assert_close(grey(x), colour(x.expand(4, 3, 28, 28)), rtol=1e-3, atol=1e-3)
+
+    def test_other_pool(self):
+        x = torch.rand(4, 1, 28, 28)
+        plain, pooled = (timm.create_model(NAME, pretrained=True, **kw).eval() for kw in ({}, {"global_pool": "avg"}))
+        assert torch.equal(plain(x), pooled(x))  # there is one position
+
+
+class TestDamage:
+    """A file that is not the one the results row was measured on."""
+
+    @pytest.fixture
+    def file(self, tmp_path, monkeypatch) -> Path:
+        shutil.copytree(CHECKPOINTS, tmp_path / "checkpoints")
+        monkeypatch.setattr(pcdeq_zoo.weights, "CHECKPOINTS", tmp_path / "checkpoints")
+        return tmp_path / "checkpoints" / f"{NAME}.paper.safetensors"
+
+    def create(self, file: Path):
+        return timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay={"file": str(file)})
+
+    def refused(self, file: Path, found: str) -> None:
+        row = results()[f"{NAME}.paper"]
+        with pytest.raises(WeightsError) as caught:
+            self.create(file)
+        assert str(caught.value) == (
+            f"weights of {NAME}.paper: {file}: got {found}, wanted {row['bytes']} bytes with sha256 {row['sha256']}; "
+            "install pcdeq_zoo again"
+        )
+
+    def test_intact(self, file: Path):
+        self.create(file)
+
+    def test_missing(self, file: Path):
+        file.unlink()
+        self.refused(file, "no file")
+
+    def test_truncated(self, file: Path):
+        file.write_bytes(file.read_bytes()[:1000])
+        self.refused(file, f"1000 bytes with sha256 {sha256(file)}")
+
+    def test_one_flipped_bit(self, file: Path):
+        content = bytearray(file.read_bytes())
+        content[200_000] ^= 1
+        file.write_bytes(content)
+        self.refused(file, f"{len(content)} bytes with sha256 {sha256(file)}")
+
+    def test_of_another_variant(self, file: Path):
+        other = file.with_name("pcdeq1_l_relu6_mnist.paper.safetensors")
+        with pytest.raises(WeightsError, match=r"holds weights of pcdeq1_l_relu6_mnist"):
+            self.create(other)
+
+
+class TestForeignFiles:
+    def create(self, file: Path, name: str = NAME, **kwargs):
+        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(file)}, **kwargs)
+
+    def test_missing(self, tmp_path):
+        with pytest.raises(WeightsError, match=r"there is no file .*mine.safetensors"):
+            self.create(tmp_path / "mine.safetensors")
+
+    @pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+    @pytest.mark.parametrize("content", [b"", b"not a checkpoint" * 10])
+    def test_unreadable(self, tmp_path, suffix: str, content: bytes):
+        file = tmp_path / f"mine.{suffix}"
+        file.write_bytes(content)
+        with pytest.raises(WeightsError, match=f"is not a readable checkpoint: got {len(content)} bytes with sha256"):
+            self.create(file)
+
+    def test_a_pickle_that_is_more_than_tensors_is_not_run(self, tmp_path):
+        class Payload:
+            def __reduce__(self):
+                return os.mkdir, (str(tmp_path / "ran"),)
+
+        torch.save({"state_dict": Payload()}, tmp_path / "mine.pth")
+        with pytest.raises(WeightsError, match="is not a readable checkpoint"):
+            self.create(tmp_path / "mine.pth")
+        assert not (tmp_path / "ran").exists()
+
+    def test_other_shapes_and_names(self, tmp_path):
+        state = timm.create_model("pcdeq1_mc_tanh_cifar").state_dict()
+        save_file(state, tmp_path / "mine.safetensors")
+        with pytest.raises(WeightsError, match="these weights are not of this model"):
+            self.create(tmp_path / "mine.safetensors")
+        # A new head turns timm's own strictness off.
+        with pytest.raises(WeightsError, match="these weights are not of this model"):
+            self.create(tmp_path / "mine.safetensors", num_classes=3)
+
+    @pytest.mark.parametrize("prefix", [None, "state_dict", "model"])
+    def test_own_state_dict_as_pth(self, tmp_path, prefix: str | None):
+        model = timm.create_model("pcdeq1_mc_tanh_mnist").eval()
+        state = model.state_dict()
+        torch.save(state if prefix is None else {prefix: state}, tmp_path / "mine.pth")
+        x = torch.rand(2, 1, 28, 28)
+        loaded = self.create(tmp_path / "mine.pth", "pcdeq1_mc_tanh_mnist").eval()
+        assert torch.equal(loaded(x), model(x))
+
+    @pytest.mark.parametrize("name", ["pcdeq1_l_tanh_mnist", "pcdeq2_sc_sigmoid_mnist", "pcdeq1_mc_relu6_cifar"])
+    def test_authors_state_dict(self, tmp_path, name: str):
+        """Their names and shapes, as `torch.save(model.state_dict())` of their code leaves them."""
+        model = timm.create_model(name).eval()
+        theirs = {}
+        for key, tensor in model.state_dict().items():
+            module, _, leaf = key.removeprefix("features.").rpartition(".")
+            kind, stage = module.rstrip("0123456789"), int(module[-1]) if module[-1].isdigit() else 0
+            single = VARIANTS[name].structure != "mc"
+            if key == "features.conv1.weight" and VARIANTS[name].structure == "l":
+                tensor = tensor.flatten(1)
+            renamed = {
+                "conv": "linear1"
+                if VARIANTS[name].structure == "l"
+                else "conv1"
+                if stage == 1
+                else f"downsample{stage - 1}",
+                "prenorm": f"bn{2 * stage - 1}",
+                "postnorm": f"bn{2 * stage}",
+                "deq": f"block{'' if single else stage}.deq.f.W",
+                "head.fc": "classifier",
+            }[kind]
+            theirs[f"{renamed}.{leaf}"] = tensor
+        torch.save(theirs, tmp_path / "theirs.pth")
+        loaded = self.create(tmp_path / "theirs.pth", name).eval()
+        x = torch.rand(2, *VARIANTS[name].dataset.input_size)
+        assert torch.equal(loaded(x), model(x))
+
+
+def accuracy_on_sample(model, sample) -> float:
+    return evaluate(model, DATASETS["mnist"], *sample)["top1"]
+
+
+def test_torch_hub_local(sample):
+    model = torch.hub.load(str(ROOT), NAME, source="local", pretrained=True)
+    assert accuracy_on_sample(model, sample) == accuracy_on_sample(timm.create_model(NAME, pretrained=True), sample)
+    assert torch.hub.load(str(ROOT), NAME, source="local", pretrained=True, num_classes=4).num_classes == 4
+
+
+def test_hubconf_exposes_the_models_and_nothing_else(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    import hubconf
+
+    assert sorted(n for n in dir(hubconf) if callable(getattr(hubconf, n)) and not n.startswith("_")) == sorted(
+        VARIANTS
+    )
+    for name, variant in VARIANTS.items():
+        assert f"{variant.parameters:,} parameters" in getattr(hubconf, name).__doc__
+
+
+def test_wheel_works_offline_outside_the_checkout(tmp_path, sample):
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "pcdeq_zoo", source / "pcdeq_zoo", ignore=shutil.ignore_patterns("__pycache__"))
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "--wheel-dir", str(tmp_path), str(source)], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("pcdeq_zoo-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    shutil.rmtree(source)
+
+    script = """if True:
+        import json, timm, pcdeq_zoo
+        from pcdeq_zoo.data import load, normalize
+        images, labels = load(pcdeq_zoo.DATASETS["mnist"], "test", "sample")
+        x = normalize(images, pcdeq_zoo.DATASETS["mnist"])
+        accuracies = {}
+        for name in timm.list_pretrained("pcdeq*"):
+            model = timm.create_model(name, pretrained=True).eval()
+            accuracies[name] = (model(x).argmax(1) == labels).float().mean().item()
+        print(json.dumps({"file": pcdeq_zoo.__file__, "accuracies": accuracies}))
+    """
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site"), "HF_HUB_OFFLINE": "1"}
+    run = [sys.executable, "-W", "error", "-c", script]
+    done = subprocess.run(run, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True)
+    answer = json.loads(done.stdout)
+    assert Path(answer["file"]).is_relative_to(tmp_path / "site")
+    assert sorted(answer["accuracies"]) == sorted(results())
+    for checkpoint, accuracy in answer["accuracies"].items():
+        ours = accuracy_on_sample(timm.create_model(checkpoint, pretrained=True), sample)
+        assert math.isclose(100 * accuracy, ours, abs_tol=1e-3)
+
+
+if __name__ == "__main__":
+    stored = load_file(LOGITS) if LOGITS.exists() else {}
+    save_file({name: stored.get(name, logits(name)) for name in results()}, LOGITS)

@@ -1,5 +1,6 @@
 """A model zoo of positive concave deep equilibrium models. Importing it registers the models with timm."""
 
+from pcdeq_zoo.certificate import Certificate, Enclosure, enclosure
 from pcdeq_zoo.data import DATASETS, DataError, Dataset
 from pcdeq_zoo.layers import ACTIVATIONS, PcDEQConv2d, PcDEQLinear
 from pcdeq_zoo.pcdeq import PcDEQ
@@ -22,10 +23,12 @@ __all__ = [
     "ACTIVATIONS",
     "DATASETS",
     "VARIANTS",
+    "Certificate",
     "ConvergenceError",
     "ConvergenceWarning",
     "DataError",
     "Dataset",
+    "Enclosure",
     "PcDEQ",
     "PcDEQConv2d",
     "PcDEQLinear",
@@ -36,6 +39,7 @@ __all__ = [
     "Status",
     "Variant",
     "WeightsError",
+    "enclosure",
     "record_solves",
     "solve",
 ]

@@ -7,17 +7,20 @@ softplus with β = 5); sigmoid does not and needs x ≥ 0 (pcDEQ-2, ReLU).
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_module
+from timm.layers import is_exportable, register_notrace_module
 from torch import Tensor, nn
+from torch._higher_order_ops.while_loop import while_loop
 from torch.nn.grad import conv2d_weight
 
-from pcdeq_zoo.solver import Solution, Solver, relative_change
+from pcdeq_zoo.certificate import rounding_error
+from pcdeq_zoo.solver import Solution, Solver
 
 __all__ = ["ACTIVATIONS", "Activation", "PcDEQConv2d", "PcDEQLinear"]
 
@@ -26,20 +29,63 @@ class Activation(NamedTuple):
     """A nondecreasing concave activation (Remark 4.1), and what the solver needs to know of it."""
 
     module: Callable[[], nn.Module]
-    derivative: Callable[[Tensor], Tensor]  # σ′ as a function of the *output* σ
+    evaluate: Callable[[Tensor, Tensor | None], Tensor]  # σ of nonnegative numbers, into a tensor if one is given
+    derivative: Callable[[Tensor], Tensor]  # σ′(p) as a function of the *output* σ(p)
+    response: Callable[[Tensor], Tensor]  # p σ′(p) likewise
+    bound: float  # sup σ
     kind: int  # 1 or 2: the paper's list, and with it pcDEQ-1 or pcDEQ-2
 
 
 ACTIVATIONS = {
-    "relu6": Activation(nn.ReLU6, lambda z: ((z > 0) & (z < 6)).to(z.dtype), 1),
-    "tanh": Activation(nn.Tanh, lambda z: 1 - z * z, 1),
-    "softsign": Activation(nn.Softsign, lambda z: (1 - z).square(), 1),
-    "sigmoid": Activation(nn.Sigmoid, lambda z: z * (1 - z), 2),
+    "relu6": Activation(
+        module=nn.ReLU6,
+        evaluate=lambda p, out: torch.clamp(p, max=6, out=out),
+        derivative=lambda z: ((z > 0) & (z < 6)).to(z.dtype),
+        response=lambda z: z * (z < 6),
+        bound=6.0,
+        kind=1,
+    ),
+    "tanh": Activation(
+        module=nn.Tanh,
+        evaluate=lambda p, out: torch.tanh(p, out=out),
+        derivative=lambda z: 1 - z * z,
+        response=lambda z: (1 - z * z) * torch.atanh(_below_one(z)),
+        bound=1.0,
+        kind=1,
+    ),
+    "softsign": Activation(
+        module=nn.Softsign,
+        evaluate=lambda p, out: torch.div(p, p + 1, out=out),
+        derivative=lambda z: (1 - z).square(),
+        response=lambda z: (1 - z) * z,
+        bound=1.0,
+        kind=1,
+    ),
+    "sigmoid": Activation(
+        module=nn.Sigmoid,
+        evaluate=lambda p, out: torch.sigmoid(p, out=out),
+        derivative=lambda z: z * (1 - z),
+        response=lambda z: z * (1 - z) * torch.logit(_below_one(z)),
+        bound=1.0,
+        kind=2,
+    ),
 }
 
 
+def _below_one(z: Tensor) -> Tensor:
+    return z.clamp(max=1 - torch.finfo(z.dtype).eps / 2)
+
+
+# On a CPU samples are solved in blocks small enough for their half a dozen temporary tensors to stay in the cache, and
+# large enough for the arithmetic to outweigh the calls. A block stops when its own slowest sample has converged, and
+# temporary memory does not grow with the batch.
+_BLOCK_BYTES = 2**21
+
+_HAS_BF16 = torch.cpu._is_avx512_bf16_supported()
+
+
 class _Equilibrium(torch.autograd.Function):
-    """(x, W) ↦ z*, differentiated implicitly: nothing is saved but z* and W.
+    """(u, W) ↦ z*, the equilibrium for x = input map of u, differentiated implicitly: u, z* and W are all it saves.
 
     With D = diag σ′(W z* + x), which is a function of z* alone, the gradient of L is a = D (Wᵀ a + ∂L/∂z*) with respect
     to x and a z*ᵀ with respect to W. ρ(D Wᵀ) < 1 whatever the size of W: concavity gives σ(x) ≤ z* − D W z*, so
@@ -47,28 +93,23 @@ class _Equilibrium(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, layer: _PcDEQLayer) -> Tensor:
-        return layer._fixed_point(x, weight).value
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, _PcDEQLayer], output: Tensor) -> None:
-        _, weight, ctx.layer = inputs
-        ctx.save_for_backward(output, weight)
+    def forward(ctx: Any, u: Tensor, weight: Tensor, layer: _PcDEQLayer) -> Tensor:
+        z = layer._equilibrium(u, weight).value
+        ctx.layer = layer
+        ctx.save_for_backward(u, z, weight)
+        return z
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         if torch.is_grad_enabled():
             # `once_differentiable` would let this pass where `grad` is a constant, and take D and z* for constants too.
             raise NotImplementedError("a pcDEQ layer cannot be differentiated twice; use create_graph=False")
-        z, weight = ctx.saved_tensors
+        u, z, weight = ctx.saved_tensors
         layer: _PcDEQLayer = ctx.layer
         with _no_autocast(z.device):
-            derivative = ACTIVATIONS[layer.activation].derivative(z)
-            adjoint = layer._adjoint(weight)
-            a = layer.solver(
-                lambda a: derivative * (layer._map(a, adjoint) + grad), derivative * grad, layer, "backward"
-            ).value
-            return a, layer._weight_gradient(z, a, weight) if ctx.needs_input_grad[1] else None, None
+            a = layer._adjoint_equilibrium(z, layer._arrange(grad), weight).value
+            weight_grad = layer._weight_gradient(z, a, weight) if ctx.needs_input_grad[1] else None
+            return a.mul_(layer._input_derivative(u)), weight_grad, None
 
 
 def _no_autocast(device: torch.device) -> torch.autocast:
@@ -81,8 +122,8 @@ class _PcDEQLayer(nn.Module):
     """What the linear and the convolutional layer share. A subclass gives z ↦ W z, its adjoint and its gradient."""
 
     # softplus(x, β = 5) is exactly 0 in float32 below x ≈ -20; then x ≫ 0 fails, and with it uniqueness (σ = ReLU6,
-    # w = 2 has the equilibria 0 and 6). The smallest normal float32 restores it and is lost in any other sum.
-    _INPUT_FLOOR = torch.finfo(torch.float32).tiny
+    # w = 2 has the equilibria 0 and 6). This restores it, is lost in any other sum, and can be divided by.
+    _INPUT_FLOOR = 1e-30
 
     # Least row norm that weight normalisation divides by, so that an all-zero row gives zeros and not 0/0. It bounds
     # the gradient too (by 1e12): the smallest normal number would let it overflow.
@@ -107,6 +148,8 @@ class _PcDEQLayer(nn.Module):
         self.activation = activation
         self.sigma = ACTIVATIONS[activation].module()
         self.kind = ACTIVATIONS[activation].kind
+        self.bound = ACTIVATIONS[activation].bound
+        self.exportable = is_exportable()
         self.solver = solver or Solver()
         self.weight_g = nn.Parameter(
             torch.empty(weight_shape[0], *[1] * (len(weight_shape) - 1), device=device, dtype=dtype)
@@ -137,19 +180,21 @@ class _PcDEQLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Equilibrium of each sample for any real x; same shape and dtype as x. Half precision is solved in float32."""
-        u = self._input_map(x)
+        u = self._prepare(x)
         if torch.jit.is_scripting():
-            return self._unrolled(u).reshape(x.shape).to(x.dtype)
+            return self._scripted(u).reshape(x.shape).to(x.dtype)
+        elif torch.compiler.is_exporting() or (self.exportable and torch.compiler.is_compiling()):
+            return self._exported(u).reshape(x.shape).to(x.dtype)
         else:
             return self._implicit(u).reshape(x.shape).to(x.dtype)
 
     @torch.jit.unused
     @torch.no_grad()
     def solve(self, x: Tensor) -> Solution:
-        """`forward` without a gradient, but with status, evaluations and residual per sample."""
-        u = self._input_map(x)
+        """`forward` without a gradient, but with all that is known of the solve; see `Solution`."""
+        u = self._prepare(x)
         with _no_autocast(u.device):
-            return self._fixed_point(u, self._normalized_weight().to(u.dtype))
+            return self._equilibrium(u, self._normalized_weight().to(u.dtype))
 
     def extra_repr(self) -> str:
         return f"{self.weight_v.shape[0]}, activation={self.activation!r}, solver={self.solver!r}"
@@ -174,15 +219,30 @@ class _PcDEQLayer(nn.Module):
         """Gradient of ⟨a, W z⟩ with respect to W."""
         raise NotImplementedError
 
-    def _input_map(self, x: Tensor) -> Tensor:
+    def _prepare(self, x: Tensor) -> Tensor:
+        """Check the input, and bring it to the precision, shape and memory order of the solve."""
         if not x.is_floating_point():
             raise TypeError(f"a pcDEQ layer takes floating point inputs, got {x.dtype}")
         x = self._arrange(x)
         if x.dtype == torch.float16 or x.dtype == torch.bfloat16:
             x = x.float()
-        if self.kind == 1:
-            return F.softplus(x, beta=5.0).clamp(min=self._INPUT_FLOOR)
-        return F.relu(x)
+        return x
+
+    @torch.jit.unused
+    def _input_map(self, u: Tensor) -> Tensor:
+        """x: softplus of u with β = 5, floored, or ReLU."""
+        if self.kind == 2:
+            return F.relu(u)
+        # log1p(e) = log(w) + (e − (w − 1)) / w with w = 1 + e as rounded, exact to an ulp or two, as w − 1 is. Several
+        # times faster than log1p itself, which PyTorch does not vectorise well on CPUs.
+        e = u.abs().mul_(-5).exp_()
+        w = e + 1
+        log1p = torch.addcdiv(w.log(), e.sub_(w - 1), w)
+        return F.relu(u).add_(log1p, alpha=0.2).clamp_(min=self._INPUT_FLOOR)
+
+    @torch.jit.unused
+    def _input_derivative(self, u: Tensor) -> Tensor:
+        return torch.sigmoid(5 * u) if self.kind == 1 else (u > 0).to(u.dtype)
 
     def _normalized_weight(self) -> Tensor:
         # Not clamp or relu: their gradient is 0 at 0, and a weight that was projected there could never grow again.
@@ -209,35 +269,152 @@ class _PcDEQLayer(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     @torch.jit.unused
+    @torch.compiler.disable  # a loop that asks for data; `exportable` has one that does not
     def _implicit(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             self._project()
         with _no_autocast(x.device):
-            return _Equilibrium.apply(x, self._normalized_weight().to(x.dtype), self)
+            weight = self._normalized_weight().to(x.dtype)
+            if torch.is_grad_enabled():
+                return _Equilibrium.apply(x, weight, self)
+            return self._equilibrium(x, weight).value
 
-    def _fixed_point(self, x: Tensor, weight: Tensor) -> Solution:
+    @torch.jit.unused
+    def _step(self, z: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+        """g(z) = σ(W z + x)."""
+        return ACTIVATIONS[self.activation].evaluate(self._map(z, weight).add_(x), None)
+
+    @torch.jit.unused
+    def _equilibrium(self, u: Tensor, weight: Tensor) -> Solution:
         weight = self._arrange_weight(weight)
-        # σ(x) is the iterate after 0, and costs no evaluation of W.
-        return self.solver(lambda z: self.sigma(self._map(z, weight) + x), self.sigma(x), self, "forward")
+        coarse = self._coarse(weight)
+        rounding = rounding_error(weight[0].numel(), u.dtype, worst_case=False)
+        evaluate, response = ACTIVATIONS[self.activation].evaluate, ACTIVATIONS[self.activation].response
 
-    def _unrolled(self, x: Tensor) -> Tensor:
-        """`solve` once more for TorchScript, which takes neither a function as argument nor an autograd.Function.
+        def solve_block(rows: slice) -> Solution:
+            x = self._input_map(u[rows])
+            pre = x
 
-        Same values; autograd goes through the iterations, so that its gradient is right to the tolerance as well.
+            def step(z: Tensor) -> Tensor:
+                nonlocal pre
+                pre = self._map(z, weight).add_(x)
+                return evaluate(pre, None)
+
+            def again(change: Tensor) -> Tensor:
+                return evaluate(pre.add_(self._map(change.to(coarse.dtype), coarse)), pre)
+
+            # σ(x) is the iterate after 0, and costs no evaluation of W.
+            return self.solver.forward(step, evaluate(x, None), response, rounding, again)
+
+        return self._solve_in_blocks(solve_block, u, "forward")
+
+    @torch.jit.unused
+    def _adjoint_equilibrium(self, z: Tensor, grad: Tensor, weight: Tensor) -> Solution:
+        adjoint = self._adjoint(weight)
+        coarse = self._coarse(adjoint)
+
+        def solve_block(rows: slice) -> Solution:
+            d, g = ACTIVATIONS[self.activation].derivative(z[rows]), grad[rows]
+            # The squares of very small gradients vanish. The equation is linear: solve it at scale 1.
+            scale = torch.linalg.vector_norm(g, 1, dim=list(range(1, g.ndim)), keepdim=True) / g[0].numel()
+            scale = torch.where(scale == 0, 1, scale)
+            g = g / scale
+            pre = g
+
+            def step(a: Tensor) -> Tensor:
+                nonlocal pre
+                pre = self._map(a, adjoint).add_(g)
+                return pre * d
+
+            def again(change: Tensor) -> Tensor:
+                return pre.add_(self._map(change.to(coarse.dtype), coarse)).mul_(d)
+
+            solution = self.solver.backward(step, g * d, again)
+            solution.value.mul_(scale)
+            return solution
+
+        return self._solve_in_blocks(solve_block, z, "backward")
+
+    @torch.jit.unused
+    def _coarse(self, weight: Tensor) -> Tensor:
+        """W for the second evaluation of a pair, which adds W (z₁ − z₀) to W z₀.
+
+        A relative error of bfloat16's size in that shrinking change is none in the result, so bfloat16 products do
+        where the machine has them; they take half the time.
         """
-        weight = self._arrange_weight(self._normalized_weight().to(x.dtype))
-        z = self.sigma(x)
-        running = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
+        fast = weight.device.type == "cpu" and weight.dtype == torch.float32 and _HAS_BF16 and weight.ndim == 4
+        return weight.bfloat16() if fast else weight
+
+    @torch.jit.unused
+    def _solve_in_blocks(
+        self, solve_block: Callable[[slice], Solution], like: Tensor, direction: Literal["forward", "backward"]
+    ) -> Solution:
+        count, size = len(like), len(like)
+        if like.device.type == "cpu" and count:
+            size = math.ceil(count / math.ceil(like.numel() * like.element_size() / _BLOCK_BYTES))
+        if size >= count:
+            solution = solve_block(slice(None))
+        else:
+            value, blocks = torch.empty_like(like), []
+            for start in range(0, count, size):
+                rows = slice(start, start + size)
+                block = solve_block(rows)
+                value[rows] = block.value
+                blocks.append((block.status, block.evaluations, block.residual, block.bound))
+            solution = Solution(value, *(torch.cat(parts) for parts in zip(*blocks, strict=True)))
+        self.solver.report(solution, self, direction)
+        return solution
+
+    def _start(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """W, x and the state of a plain iteration: z, size of its last change, which samples go on.
+
+        TorchScript and the exporters take neither autograd.Function nor the solver. For them the layer iterates
+        plainly until the estimated error of each sample is below `tol`, see `solve`.
+        """
+        u = u.contiguous()  # the loop's state must keep its memory order, which exporters do not promise of others
+        x = F.softplus(u, beta=5.0).clamp(min=self._INPUT_FLOOR) if self.kind == 1 else F.relu(u)
+        weight = self._normalized_weight().to(x.dtype)
+        size = torch.full((x.shape[0],), math.inf, dtype=x.dtype, device=x.device)
+        return weight, x, self.sigma(x), size, torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
+
+    def _advance(
+        self, weight: Tensor, x: Tensor, z: Tensor, size: Tensor, running: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The state after one more evaluation of the samples that go on."""
+        new = self.sigma(self._map(z, weight) + x).contiguous()
+        new = torch.where(running.view([-1] + [1] * (x.ndim - 1)), new, z)
+        change = torch.linalg.vector_norm((new - z).flatten(1), dim=1)
+        rate = change / size
+        error = change * rate / (1 - rate) / torch.linalg.vector_norm(new.flatten(1), dim=1)
+        done = ((rate > 0) & (rate < 1) & (error <= self.tol)) | (change == 0)
+        return new, change, running & ~done
+
+    def _scripted(self, u: Tensor) -> Tensor:
+        """The equilibrium in TorchScript; autograd goes through the iterations."""
+        weight, x, z, size, running = self._start(u)
         for _ in range(self.max_evals):
-            new = self.sigma(self._map(z, weight) + x)
-            new = torch.where(running.view([-1] + [1] * (x.ndim - 1)), new, z)
-            running = running & ~(relative_change(new, z) <= self.tol)
-            z = new
+            z, size, running = self._advance(weight, x, z, size, running)
             if not bool(running.any()):
                 break
         if bool(running.any()):
             warnings.warn("a scripted pcDEQ solve did not converge", stacklevel=2)
         return z
+
+    @torch.jit.unused
+    def _exported(self, u: Tensor) -> Tensor:
+        """The equilibrium as a loop that torch.export, ONNX and torch.compile(fullgraph=True) keep."""
+        weight, x, z, size, running = self._start(u)
+        if torch.compiler.is_exporting():  # exported programs have no gradient
+            weight, x, z = weight.detach(), x.detach(), z.detach()
+
+        def goes_on(k: Tensor, z: Tensor, size: Tensor, running: Tensor) -> Tensor:
+            return (k < self.max_evals) & running.any()
+
+        def body(k: Tensor, z: Tensor, size: Tensor, running: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            return (k + 1, *self._advance(weight, x, z, size, running))
+
+        zero = torch.zeros((), dtype=torch.int64, device=x.device)
+        return while_loop(goes_on, body, (zero, z, size, running))[1]
 
 
 @register_notrace_module  # a loop whose length depends on the data

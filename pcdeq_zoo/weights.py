@@ -36,7 +36,7 @@ RESULT_COLUMNS = (
     "tol",
     "evals_mean",  # evaluations of W per image and pcDEQ layer
     "evals_max",
-    "residual_max",  # largest relative change at which a solve ended
+    "bound_max",  # largest proven relative error of a unit
     "commit",  # of the training code
     "bytes",
     "sha256",

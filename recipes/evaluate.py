@@ -29,12 +29,12 @@ def evaluate(
 
     Returns:
         n, top1 and top5 in percent, nll (mean cross-entropy in nats), evals_mean and evals_max (evaluations of W per
-        image and pcDEQ layer), residual_max (largest relative change at which a solve ended).
+        image and pcDEQ layer), bound_max (largest proven relative error of a unit).
     """
     model.eval()
     device = next(model.parameters()).device
     top1 = top5 = nll = evaluations = 0.0
-    evaluations_max, residual_max, solves = 0, 0.0, 0
+    evaluations_max, bound_max, solves = 0, 0.0, 0
     for start in tqdm(range(0, len(images), batch_size), desc="evaluate", leave=False, disable=not progress):
         x = normalize(images[start : start + batch_size].to(device), dataset)
         y = labels[start : start + batch_size].to(device)
@@ -48,7 +48,7 @@ def evaluate(
             evaluations += record.evaluations.sum().item()
             solves += len(record.evaluations)
             evaluations_max = max(evaluations_max, int(record.evaluations.max()))
-            residual_max = max(residual_max, record.residual.max().item())
+            bound_max = max(bound_max, record.bound.max().item())
     n = len(images)
     return {
         "n": n,
@@ -57,7 +57,7 @@ def evaluate(
         "nll": round(nll / n, 4),
         "evals_mean": round(evaluations / solves, 2),
         "evals_max": evaluations_max,
-        "residual_max": float(f"{residual_max:.2e}"),
+        "bound_max": float(f"{bound_max:.2e}"),
     }
 
 

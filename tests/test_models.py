@@ -240,18 +240,18 @@ def test_dtype_at_construction_and_after(name: str, dtype: torch.dtype):
 
 @every_model
 def test_scripting(name: str):
-    model, x = make(name, scriptable=True), images(name)
+    model, x = make(name, scriptable=True, tol=1e-5, stop="estimated"), images(name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch announces the end of TorchScript
         warnings.simplefilter("ignore", FutureWarning)
         scripted = torch.jit.script(model)
     with torch.no_grad():
-        torch.testing.assert_close(scripted(x), model(x))
+        torch.testing.assert_close(scripted(x), model(x), rtol=1e-3, atol=1e-4)
 
 
 @some_models
 def test_scripted_gradient(name: str):
-    model, x = make(name, scriptable=True, tol=1e-6), images(name)
+    model, x = make(name, scriptable=True, tol=1e-6, stop="estimated"), images(name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", FutureWarning)
@@ -267,7 +267,7 @@ def test_deepcopy_and_ema(name: str):
     assert torch.equal(copy.deepcopy(model)(x), model(x))
     clone = copy.deepcopy(model)  # after a forward
     clone.solver.tol = 0.1
-    assert model.solver.tol == 1e-4
+    assert model.solver.tol == 1e-3
     assert all(layer.solver is clone.solver for layer in clone.modules() if hasattr(layer, "solver"))
     ema = ModelEmaV3(model, decay=0.9)
     for p in model.parameters():
@@ -355,3 +355,60 @@ def test_other_sizes_and_widths_build():
     model = timm.create_model("pcdeq1_mc_tanh_cifar", img_size=(48, 40), channels=(8, 16), num_classes=3)
     assert model(torch.randn(2, 3, 48, 40)).shape == (2, 3)
     assert DATASETS["cifar"].input_size == (3, 32, 32)
+
+
+class TestExport:
+    """`exportable=True`: one graph with a loop that ends early, for any batch size."""
+
+    def pair(self, name: str) -> tuple[PcDEQ, PcDEQ]:
+        """The same weights, for export and solved as usual."""
+        model = make(name, exportable=True, tol=1e-4)
+        usual = make(name, stop="residual", tol=1e-6)
+        usual.load_state_dict(model.state_dict())
+        return model, usual
+
+    @some_models
+    def test_torch_export_keeps_the_batch_dynamic(self, name: str):
+        model, usual = self.pair(name)
+        batch = torch.export.Dim("batch", min=1, max=1024)
+        program = torch.export.export(model, (images(name, 2),), dynamic_shapes=({0: batch},))
+        for n in (1, 64):
+            x = images(name, n)
+            with torch.no_grad():
+                torch.testing.assert_close(program.module()(x), usual(x), rtol=1e-3, atol=1e-3)
+
+    def test_onnx_runs_in_onnxruntime(self, tmp_path):
+        onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install 'pcdeq-zoo[test]'")
+        name = "pcdeq1_mc_relu6_mnist"
+        model, usual = self.pair(name)
+        batch = torch.export.Dim("batch", min=1, max=1024)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the exporter's own dependencies
+            program = torch.onnx.export(
+                model, (images(name),), dynamo=True, dynamic_shapes=({0: batch},), verbose=False
+            )
+        program.save(tmp_path / "model.onnx")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        session = onnxruntime.InferenceSession(tmp_path / "model.onnx", options)
+        for n in (1, 64):
+            x = images(name, n)
+            (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+            with torch.no_grad():
+                torch.testing.assert_close(torch.from_numpy(y), usual(x), rtol=1e-3, atol=1e-3)
+
+    def test_compiles_without_graph_breaks(self):
+        name = "pcdeq1_mc_tanh_mnist"
+        model, usual = self.pair(name)
+        x = images(name, 4)
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # of the compiler
+            compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+            torch.testing.assert_close(compiled(x), usual(x), rtol=1e-3, atol=1e-3)
+
+    def test_compiling_the_usual_model_works_around_the_solver(self):
+        name = "pcdeq1_mc_tanh_mnist"
+        model, x = make(name), images(name, 4)
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            torch.testing.assert_close(torch.compile(model, backend="eager")(x), model(x), rtol=1e-4, atol=1e-5)

@@ -24,11 +24,60 @@ def test_each_sample_stops_by_its_own_criterion():
         alone = solve(contraction(rate[i : i + 1], target[i : i + 1]), torch.zeros(1, 5, dtype=torch.float64), tol=1e-6)
         assert torch.equal(alone.value[0], together.value[i])
         assert alone.evaluations[0] == together.evaluations[i]
-        assert alone.residual[0] == together.residual[i]
-        # The first k with ‖z_k − z_{k−1}‖ = rᵏ⁻¹ (1 − r) ‖z*‖ ≤ tol (1 − rᵏ) ‖z*‖.
+        assert alone.residual[0].item() == pytest.approx(together.residual[i].item(), rel=1e-12)
+        # The first even k with ‖z_k − z_{k−1}‖ = rᵏ⁻¹ (1 − r) ‖z*‖ ≤ tol (1 − rᵏ) ‖z*‖.
         r = rate[i].item()
-        k = next(k for k in range(1, 200) if r ** (k - 1) * (1 - r) <= 1e-6 * (1 - r**k))
+        k = next(k for k in range(2, 200, 2) if r ** (k - 1) * (1 - r) <= 1e-6 * (1 - r**k))
         assert alone.evaluations[0] == k
+
+
+def test_estimated_stop_bounds_the_error_of_a_geometric_series():
+    rate = torch.tensor([0.1, 0.5, 0.9, 0.97], dtype=torch.float64)
+    target = torch.rand(4, 5, dtype=torch.float64) + 1
+    solution = solve(contraction(rate, target), torch.zeros_like(target), tol=1e-5, max_evals=2000, stop="estimated")
+    assert solution.converged.all()
+    for i, r in enumerate(rate.tolist()):
+        # z* − z_k = rᵏ z*: the error is known exactly, and so is the first even k at which it is small enough.
+        k = next(k for k in range(2, 2000, 2) if r**k <= 1e-5 * (1 - r**k))
+        assert solution.evaluations[i] == k
+
+
+def test_acceleration_sums_the_series():
+    rate = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    target = torch.rand(3, 5, dtype=torch.float64) + 1
+    start = torch.zeros_like(target)
+    solution = solve(contraction(rate, target), start, tol=1e-12, accelerate=True)
+    assert solution.evaluations.tolist() == [4, 4, 4]  # the second pair finds nothing left to do
+    torch.testing.assert_close(solution.value, target)
+
+
+def test_acceleration_is_given_up_where_it_does_not_help():
+    """A rotation: extrapolating along one direction throws the iterate back, again and again."""
+    turn = torch.tensor([[0.0, -0.99], [0.99, 0.0]], dtype=torch.float64)
+    skew = torch.tensor([[1.0, 0.9], [0.0, 1.0]], dtype=torch.float64)
+    matrix = skew @ turn @ skew.inverse()
+    solution = solve(lambda z: z @ matrix.T + 1, torch.ones(3, 2).double(), tol=1e-8, max_evals=5000, accelerate=True)
+    assert solution.converged.all()
+    exact = torch.linalg.solve(torch.eye(2).double() - matrix, torch.ones(2).double())
+    torch.testing.assert_close(solution.value, exact.expand(3, 2), rtol=1e-6, atol=0)
+
+
+def test_second_evaluation_may_be_computed_from_the_change():
+    last: list[Tensor] = []
+
+    def step(z: Tensor) -> Tensor:
+        last[:] = [z]
+        return 0.5 * z + 1
+
+    def again(change: Tensor) -> Tensor:
+        return step(last[0] + change)
+
+    start = torch.zeros(2, 3, dtype=torch.float64)
+    for accelerate in (False, True):
+        plain = solve(step, start, tol=1e-9, accelerate=accelerate)
+        cheap = solve(step, start, tol=1e-9, accelerate=accelerate, again=again)
+        torch.testing.assert_close(cheap.value, plain.value)
+        assert torch.equal(cheap.evaluations, plain.evaluations)
 
 
 def test_every_evaluation_counts_and_none_is_thrown_away():
@@ -55,8 +104,8 @@ def test_status_says_how_each_sample_ended():
         Status.NON_FINITE,
         Status.NON_FINITE,
     ]
-    assert solution.evaluations.tolist()[1:] == [30, 2, 1]
-    assert solution.value[0].allclose(torch.tensor(2.0))
+    assert solution.evaluations.tolist()[1:] == [30, 2, 2]
+    assert solution.value[0].allclose(torch.tensor(2.0), rtol=1e-3)
     failure = solution.failure()
     assert failure is not None
     assert "1 of 4 samples did not reach the tolerance" in failure
@@ -77,7 +126,7 @@ def test_scale_of_the_values_does_not_matter(scale: float):
 def test_zero_is_a_fixed_point_like_any_other():
     solution = solve(lambda z: 0.5 * z, torch.zeros(2, 3))
     assert solution.converged.all()
-    assert solution.evaluations.tolist() == [1, 1]
+    assert solution.evaluations.tolist() == [2, 2]
 
 
 def test_empty_batch():
@@ -97,7 +146,8 @@ def test_meta_tensors_give_shapes():
     [
         ({"tol": 0.0}, "tol must be above 0, got 0"),
         ({"tol": float("nan")}, "tol must be above 0, got nan"),
-        ({"max_evals": 0}, "max_evals must be at least 1, got 0"),
+        ({"max_evals": 1}, "max_evals must be at least 2, got 1"),
+        ({"stop": "soon"}, "stop must be one of certified, estimated, residual, got 'soon'"),
         ({"on_failure": "shout"}, "on_failure must be one of raise, warn, ignore, got 'shout'"),
     ],
 )

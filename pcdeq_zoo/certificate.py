@@ -1,0 +1,169 @@
+"""Proven error bounds of a positive concave fixed point z* = g(z*), g(z) = σ(W z + x) with W ≥ 0.
+
+Facts used, for g nondecreasing and concave on the nonnegative numbers with one fixed point z* (order per unit):
+
+1. z ≤ g(z) implies z ≤ z*, and g(z) ≤ z implies z* ≤ z. So iterates from 0 rise to z*, and those from an upper bound of
+   σ fall to it: z* lies between them at every step. (Yates, IEEE JSAC 1995; Proposition 4.6 of
+   https://arxiv.org/abs/2402.04029.) `enclosure` is this, with outward rounding.
+2. Let p = W b + x and B = diag σ′(p) W ≥ 0. Concavity gives B (b − a) ≤ g(b) − g(a) for every a. Also B b ≤ h, the
+   lesser of g(b) − g(0), by concavity, and p σ′(p), as W b ≤ p. Hence for the weights w = b − a + η b > 0 and
+   q = max_i (g(b) − g(a) + η h)_i / w_i
+
+        B w ≤ q w.
+
+   As the slopes of σ fall, |g(y) − g(z)| ≤ B |y − z| wherever y, z ≥ b. So where b ≤ z* and q < 1, g is a contraction
+   with factor q in the norm max_i |·|_i / w_i on {z ≥ b}, and Banach's bound holds for each unit of *any* z ≥ b:
+
+        |g(z) − z*| ≤ q / (1 − q) · max_j (|g(z) − z|_j / w_j) · w.
+
+   It takes two evaluations that the solver does anyway (a, b the iterates before), asks nothing of the size of W, and
+   lets the solver go on as it likes: z may be extrapolated or cached. `Certificate` is this.
+
+Rounding. A float evaluation of g is off by a relative error of at most γ per unit: nothing cancels in a sum of
+nonnegative terms, and σ concave with σ(0) ≥ 0 does not amplify a relative error of its argument.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from pcdeq_zoo.layers import PcDEQConv2d, PcDEQLinear
+
+__all__ = ["Certificate", "Enclosure", "enclosure"]
+
+# Units in the last place that the input map, the activation and the additions may be off.
+_ELEMENTARY_ULPS = 16
+
+
+def rounding_error(terms: int, dtype: torch.dtype, *, worst_case: bool) -> float:
+    """γ, the relative error of σ(W z + x) with sums of `terms` products.
+
+    Either the worst case, terms · u, or what holds with a probability of 1 − 1e-7 per sum when rounding errors are
+    independent with mean zero, 6 √terms · u (Higham and Mary, SIAM J. Sci. Comput. 2019); u is half an ulp. Both take
+    multiplication in the full precision of `dtype`: no TF32 and no Winograd convolutions.
+    """
+    unit = torch.finfo(dtype).eps / 2
+    return ((terms if worst_case else 6 * math.sqrt(terms)) + _ELEMENTARY_ULPS) * unit
+
+
+class Certificate:
+    """Bounds the error of iterates of one batch while they are computed; see fact 2 above.
+
+    The solver calls it after each evaluation. As long as a sample has no weights with a good enough rate it must be
+    iterated plainly, from `first`; afterwards freely, above `clamp`.
+
+    Args:
+        first: g(0) = σ(x), shape (N, ...), the solver's start.
+        response: σ(p) ↦ p σ′(p).
+        rounding: γ of `rounding_error`. The bounds are those of exact arithmetic, widened by it.
+    """
+
+    # What q / (1 − q) and the spread of w / b together may multiply a relative distance by. Worse weights need many
+    # more evaluations, and end at the rounding error times this. A sample that has none better after so many calls
+    # takes the best it has had.
+    _GOOD_FACTOR, _PATIENCE = 50.0, 5
+    _LEAST_ETA = 0.01
+
+    def __init__(self, first: Tensor, response: Callable[[Tensor], Tensor], rounding: float) -> None:
+        self.first = first
+        self.response = response
+        self.rounding = rounding
+        self.ready = torch.zeros(len(first), dtype=torch.bool, device=first.device)
+        self._all_ready = False
+        self._evaluations = 0
+        self._dims = list(range(1, first.ndim))
+        self._weights = self._inverse = torch.ones_like(first)
+        self._base = first
+        self._amplification = torch.full((len(first),), math.inf, dtype=first.dtype, device=first.device)
+        self._spread = self._factor = self._amplification
+
+    def __call__(self, value: Tensor, new: Tensor, change: Tensor, previous: Tensor, tol: float) -> Tensor:
+        """Largest relative error of a unit of new = g(value), shape (N,): |new − z*| ≤ bound · new; inf if unknown.
+
+        Args:
+            value: Iterate, shape (N, ...).
+            new: g(value).
+            change: new − value.
+            previous: The change of the evaluation before.
+            tol: What the bound will be compared with. Where it is clearly above, it is only estimated.
+        """
+        self._evaluations += 1
+        if not self._all_ready:
+            self._weigh(value, new, change, previous)
+        distance = (change * self._inverse).abs_().amax(self._dims)
+        estimate = self._amplification * distance * self._spread
+        if new.device.type == "cpu" and not bool((estimate < 3 * tol).any()):
+            return estimate
+        distance = distance + self.rounding * (new * self._inverse).amax(self._dims)
+        bound = self._amplification * distance * (self._weights / new).amax(self._dims) + self.rounding
+        return torch.where(self.ready, bound, math.inf)
+
+    def clamp(self, value: Tensor) -> Tensor:
+        """`value`, not below the b of fact 2."""
+        return torch.maximum(value, self._base)
+
+    def _weigh(self, value: Tensor, new: Tensor, change: Tensor, previous: Tensor) -> None:
+        """Take weights from the last two changes, for the samples that have no good ones and had no better ones."""
+        norm = torch.linalg.vector_norm
+        # η = ‖b − a‖ / ‖b‖: the weights are then neither far from the slowest mode nor far from relative errors. The
+        # floor is for what has converged before it had weights: rounding errors must not set them.
+        eta = norm(previous, dim=self._dims, keepdim=True) / norm(value, dim=self._dims, keepdim=True)
+        eta.nan_to_num_(1.0, 1.0).clamp_(min=self._LEAST_ETA)  # norms of very small samples vanish
+        weights = torch.addcmul(previous, eta, value)
+        # The response of a float next to 1 is off by up to 20 γ: 1 − σ has lost its digits, and p is at most 17.
+        own = torch.minimum(new - self.first, self.response(new)) + 20 * self.rounding * new
+        image = change + self.rounding * (new + value) + eta * own
+        rate = (image / weights).amax(self._dims)
+        relative = weights / value
+        factor = rate / (1 - rate) * relative.amax(self._dims) / relative.amin(self._dims)
+        better = ~self.ready & (rate >= 0) & (rate < 1) & (factor < self._factor)
+        if better.device.type != "cpu" or bool(better.any()):
+            chosen = better.view(-1, *[1] * len(self._dims))
+            self._weights = torch.where(chosen, weights, self._weights)
+            self._base = torch.where(chosen, value, self._base)
+            self._amplification = torch.where(better, rate / (1 - rate), self._amplification)
+            self._spread = torch.where(better, relative.amax(self._dims), self._spread)
+            self._factor = torch.where(better, factor, self._factor)
+            self._inverse = 1 / self._weights
+        self.ready = self._factor < (self._GOOD_FACTOR if self._evaluations < self._PATIENCE else math.inf)
+        self._all_ready = self.ready.device.type == "cpu" and bool(self.ready.all())
+
+
+class Enclosure(NamedTuple):
+    """Bounds of an equilibrium, per unit: lower ≤ z* ≤ upper; float64, shape of the layer's output."""
+
+    lower: Tensor
+    upper: Tensor
+
+
+@torch.no_grad()
+def enclosure(layer: PcDEQLinear | PcDEQConv2d, x: Tensor, *, tol: float = 1e-9, max_evals: int = 1000) -> Enclosure:
+    """Rigorous bounds of a layer's equilibrium for its weights and input as stored, computed in float64.
+
+    Iterates from below and from above (fact 1), each rounded outwards by the worst case error, until they are `tol`
+    apart, relative, in every unit. However early it stops, the bounds hold.
+
+    Args:
+        layer: A pcDEQ layer.
+        x: Its input, as for its forward.
+        tol: Relative distance of the bounds to stop at; below about 1e-12 float64 cannot get.
+        max_evals: Most evaluations from either side.
+    """
+    u = layer._arrange(x).double()
+    weight = layer._arrange_weight(layer.weight.double())
+    margin = rounding_error(weight[0].numel(), torch.float64, worst_case=True)
+    x = layer._input_map(u)
+    lower = layer._step(torch.zeros_like(x), weight, x) * (1 - margin)
+    upper = torch.full_like(x, layer.bound)
+    for _ in range(max_evals):
+        lower = torch.maximum(layer._step(lower, weight, x) * (1 - margin), lower)
+        upper = torch.minimum(layer._step(upper, weight, x) * (1 + margin), upper)
+        if bool((upper - lower <= tol * lower).all()):
+            break
+    return Enclosure(lower, upper)

@@ -1,0 +1,206 @@
+"""The proven bounds: they hold on trained and on adversarial layers, they are useful, and a broken one is noticed."""
+
+import itertools
+
+import pytest
+import timm
+import torch
+from test_layers import BOUND, CASES, dense, every_layer, input_map, make, newton
+from torch import Tensor, nn
+
+from pcdeq_zoo import (
+    ACTIVATIONS,
+    DATASETS,
+    Certificate,
+    ConvergenceWarning,
+    PcDEQConv2d,
+    PcDEQLinear,
+    Solution,
+    Solver,
+    Status,
+    enclosure,
+)
+from pcdeq_zoo.certificate import rounding_error
+from pcdeq_zoo.data import normalize
+from pcdeq_zoo.weights import results
+
+# Inputs to a layer that push it to its limits, by name: applied to a standard normal one.
+INPUTS = {
+    "usual": lambda x: x,
+    "saturated": lambda x: 20 * x.abs(),
+    "tiny": lambda x: -4 - x.abs(),  # softplus of it is about 1e-10
+    "mixed": lambda x: torch.where(x > 0, 30 * x, 3 * x),
+}
+every_input = pytest.mark.parametrize("input_name", INPUTS)
+
+
+def adversarial(kind: str, activation: str, norm: float, input_name: str) -> tuple[nn.Module, Tensor]:
+    """A float32 layer with random, partly zero W of that spectral norm, and a batch of inputs."""
+    layer, x = make(kind, activation, norm, torch.float32, stop="certified", tol=1e-3, max_evals=2000)
+    return layer, INPUTS[input_name](torch.randn(16, *x.shape[1:]))
+
+
+def truth(layer: nn.Module, x: Tensor) -> Tensor:
+    """The equilibrium in float64 by dense Newton steps, shape (N, n)."""
+    exact = x.double()
+    return newton(
+        dense(layer, exact, layer.weight.double()).detach(), input_map(layer, exact).flatten(1), layer.activation
+    )
+
+
+def assert_holds(solution: Solution, z: Tensor) -> None:
+    """Every unit of the true equilibrium z, (N, n), is where the solution proves it to be."""
+    assert (solution.lower.double().flatten(1) <= z).all()
+    assert (z <= solution.upper.double().flatten(1)).all()
+
+
+@every_layer
+@every_input
+@pytest.mark.parametrize("norm", [0.1, 0.9, 10.0, 50.0])
+def test_certified_solves_contain_the_equilibrium(kind: str, activation: str, norm: float, input_name: str):
+    layer, x = adversarial(kind, activation, norm, input_name)
+    z = truth(layer, x)
+    solution = layer.solve(x)
+    assert solution.converged.all(), solution.failure()
+    assert (solution.bound <= layer.solver.tol).all()
+    assert_holds(solution, z)
+
+
+@every_layer
+@every_input
+@pytest.mark.parametrize("norm", [0.1, 0.9, 10.0, 50.0])
+def test_enclosures_contain_the_equilibrium_and_are_tight(kind: str, activation: str, norm: float, input_name: str):
+    layer, x = adversarial(kind, activation, norm, input_name)
+    z, (lower, upper) = truth(layer, x), enclosure(layer, x)
+    lower, upper = lower.flatten(1), upper.flatten(1)
+    # The oracle has rounding errors of its own, the bounds have none.
+    assert (lower <= z * (1 + 1e-12)).all()
+    assert (z * (1 - 1e-12) <= upper).all()
+    assert (upper - lower <= 2e-9 * lower).all()
+
+
+@every_layer
+def test_an_enclosure_holds_however_early_it_stops(kind: str, activation: str):
+    layer, x = adversarial(kind, activation, 10.0, "usual")
+    z = truth(layer, x)
+    previous = None
+    for evaluations in range(1, 8):
+        lower, upper = enclosure(layer, x, max_evals=evaluations)
+        assert (lower.flatten(1) <= z).all()
+        assert (z <= upper.flatten(1)).all()
+        if previous is not None:
+            assert (lower >= previous.lower).all()
+            assert (upper <= previous.upper).all()
+        previous = enclosure(layer, x, max_evals=evaluations)
+
+
+@every_layer
+@pytest.mark.parametrize("norm", [0.5, 3.0, 30.0])
+def test_the_weights_make_the_map_a_contraction(kind: str, activation: str, norm: float):
+    """Fact 2 itself: for random y, z above the base, whether iterates or not."""
+    layer, x = make(kind, activation, norm)
+    weight, x = layer._arrange_weight(layer.weight), layer._input_map(layer._arrange(x))
+    a = layer._step(torch.zeros_like(x), weight, x)
+    certificate = Certificate(
+        a, ACTIVATIONS[activation].response, rounding_error(weight[0].numel(), x.dtype, worst_case=False)
+    )
+    for _ in range(30):
+        b = layer._step(a, weight, x)
+        new = layer._step(b, weight, x)
+        certificate(b, new, new - b, b - a, 1e-3)
+        if certificate.ready.all():
+            break
+        a = new
+    assert certificate.ready.all()
+    weights, base = certificate._weights, certificate._base
+    rate = certificate._amplification / (1 + certificate._amplification)  # of q / (1 − q)
+    for _ in range(50):
+        y, z = (torch.maximum(torch.rand_like(x) * BOUND[activation], base) for _ in range(2))
+        distance = ((y - z).abs() / weights).flatten(1).amax(1)
+        image = ((layer._step(y, weight, x) - layer._step(z, weight, x)).abs() / weights).flatten(1).amax(1)
+        assert (image <= rate * distance * (1 + 1e-9)).all()
+
+
+@every_layer
+def test_the_rate_of_plain_iterates_never_rises(kind: str, activation: str):
+    """q_k = max d_k / d_{k−1}: what makes a bound found early stay one."""
+    layer, x = make(kind, activation, 3.0)
+    weight, x = layer._arrange_weight(layer.weight), layer._input_map(layer._arrange(x))
+    iterates = [torch.zeros_like(x)]
+    for _ in range(12):
+        iterates.append(layer._step(iterates[-1], weight, x))
+    changes = [new - old for old, new in itertools.pairwise(iterates)]
+    rates = [torch.where(old > 1e-9, new / old, 0).flatten(1).amax(1) for old, new in itertools.pairwise(changes)]
+    for old, new in itertools.pairwise(rates):
+        assert (new <= old * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize("norm", [1.0, 50.0, 1000.0])
+def test_sigmoid_keeps_to_its_budget(kind: str, norm: float):
+    """ε_k ≤ 2^−k for any W ≥ 0 and x ≥ 0, so 14 plain evaluations reach 1e-4; here the error is computed."""
+    layer, x = adversarial(kind, "sigmoid", norm, "usual")
+    z, weight = truth(layer, x), layer._arrange_weight(layer.weight.double())
+    u = layer._input_map(layer._arrange(x.double()))
+    iterate = torch.zeros_like(u)
+    for k in range(1, 15):
+        iterate = layer._step(iterate, weight, u)
+        assert ((z - iterate.flatten(1)) / z).max() <= 2.0**-k + 1e-12
+    assert ((z - iterate.flatten(1)) / z).max() <= 1e-4
+
+
+@pytest.mark.parametrize("checkpoint", list(results()))
+def test_bounds_hold_on_the_checkpoints(checkpoint: str, sample):
+    model = timm.create_model(checkpoint, pretrained=True).eval()
+    layer = model.features.deq1
+    with torch.no_grad():
+        u = model.features[:2](normalize(sample[0], DATASETS["mnist"]))
+    z = truth(layer, u.flatten(1))
+    solution = layer.solve(u)
+    assert solution.converged.all()
+    assert (solution.bound <= 1e-3).all()
+    assert_holds(solution, z)
+    lower, upper = enclosure(layer, u)
+    assert (lower <= z * (1 + 1e-12)).all()
+    assert (z * (1 - 1e-12) <= upper).all()
+
+
+def test_a_broken_bound_is_noticed(monkeypatch):
+    """The tests above would see a bound that is too small, here by a factor."""
+    honest = Certificate.__call__
+    monkeypatch.setattr(Certificate, "__call__", lambda *args: honest(*args) / 300)
+    noticed = 0
+    for kind, activation in CASES:
+        layer, x = adversarial(kind, activation, 10.0, "usual")
+        z, solution = truth(layer, x), layer.solve(x)
+        try:
+            assert_holds(solution, z)
+        except AssertionError:
+            noticed += 1
+    assert noticed >= len(CASES) // 2
+
+
+def test_a_tolerance_below_the_rounding_error_is_told():
+    layer, x = adversarial("linear", "tanh", 3.0, "usual")
+    layer.solver.tol, layer.solver.max_evals = 1e-7, 60
+    with pytest.warns(ConvergenceWarning, match="tol if float precision is the limit"):
+        layer(x)
+    solution = layer.solve(x)
+    assert (solution.status == Status.MAX_EVALUATIONS).all()
+    assert_holds(solution, truth(layer, x))  # what is proven still holds
+
+
+def test_nothing_is_proven_by_other_stops():
+    layer = PcDEQLinear(4, "tanh", Solver(stop="estimated"))
+    solution = layer.solve(torch.randn(3, 4))
+    assert solution.converged.all()
+    assert solution.bound.isinf().all()
+    assert (solution.lower == 0).all()
+    assert solution.upper.isinf().all()
+
+
+def test_memory_order_and_dtype_of_an_enclosure():
+    layer = PcDEQConv2d(3, "tanh")
+    lower, upper = enclosure(layer, torch.randn(2, 3, 5, 5))
+    assert lower.dtype == upper.dtype == torch.float64
+    assert lower.shape == upper.shape == (2, 3, 5, 5)

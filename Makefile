@@ -1,13 +1,14 @@
 # Two commands on a fresh machine (Linux or macOS, Python >= 3.10, pip):
 #   make demo   set up, train a net on a sample of MNIST, evaluate it and the one that ships
 #   make test   set up, check style and types, pass the quick tests
+# And make benchmark: measure against the paper's algorithm and torchdeq, half an hour in which nothing else may run.
 
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := --model pcdeq1_l_tanh_mnist --data sample
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: setup demo test
+.PHONY: setup demo test benchmark
 
 setup: .venv/.installed
 
@@ -32,3 +33,7 @@ test: setup
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+benchmark: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[benchmark]'
+	$(BIN)/python benchmarks/run.py

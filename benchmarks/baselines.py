@@ -134,9 +134,11 @@ BASELINES: dict[str, Callable[[PcDEQLinear | PcDEQConv2d], Baseline]] = {
 
 
 def baseline(model: PcDEQ, name: str) -> nn.Module:
-    """A copy of `model` with its pcDEQ layers replaced by `BASELINES[name]`, in PyTorch's default memory order."""
+    """A copy of `model` with its pcDEQ layers replaced by `BASELINES[name]`, and PyTorch's pools and memory order."""
     features = copy.deepcopy(model.features)
     for key, layer in list(features.named_children()):
         if isinstance(layer, PcDEQLinear | PcDEQConv2d):
             setattr(features, key, BASELINES[name](layer))
+        elif isinstance(layer, nn.MaxPool2d):
+            setattr(features, key, nn.MaxPool2d(layer.kernel_size, layer.stride, layer.padding))
     return nn.Sequential(features, copy.deepcopy(model.head)).to(memory_format=torch.contiguous_format)

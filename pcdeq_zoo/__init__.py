@@ -1,6 +1,6 @@
 """A model zoo of positive concave deep equilibrium models. Importing it registers the models with timm."""
 
-from pcdeq_zoo.certificate import Certificate, Enclosure, enclosure
+from pcdeq_zoo.certificate import Enclosure, enclosure
 from pcdeq_zoo.data import DATASETS, DataError, Dataset
 from pcdeq_zoo.layers import ACTIVATIONS, PcDEQConv2d, PcDEQLinear
 from pcdeq_zoo.pcdeq import PcDEQ
@@ -23,7 +23,6 @@ __all__ = [
     "ACTIVATIONS",
     "DATASETS",
     "VARIANTS",
-    "Certificate",
     "ConvergenceError",
     "ConvergenceWarning",
     "DataError",

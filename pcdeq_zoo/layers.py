@@ -76,10 +76,22 @@ def _below_one(z: Tensor) -> Tensor:
     return z.clamp(max=1 - torch.finfo(z.dtype).eps / 2)
 
 
-# On a CPU samples are solved in blocks small enough for their half a dozen temporary tensors to stay in the cache, and
-# large enough for the arithmetic to outweigh the calls. A block stops when its own slowest sample has converged, and
-# temporary memory does not grow with the batch.
 _BLOCK_BYTES = 2**21
+
+
+def blocks(x: Tensor) -> list[slice]:
+    """Cut a batch into blocks of samples that are worked on one after the other.
+
+    On a CPU they are small enough for half a dozen temporary tensors of a block's size to stay in the cache, and large
+    enough for the arithmetic to outweigh the calls. A solve ends, block by block, with the slowest sample, and
+    temporary memory does not grow with the batch.
+    """
+    count = len(x)
+    if x.device.type != "cpu" or not x.numel():
+        return [slice(None)]
+    size = math.ceil(count / math.ceil(x.numel() * x.element_size() / _BLOCK_BYTES))
+    return [slice(start, start + size) for start in range(0, count, size)]
+
 
 _HAS_BF16 = torch.cpu._is_avx512_bf16_supported()
 
@@ -235,7 +247,8 @@ class _PcDEQLayer(nn.Module):
             return F.relu(u)
         # log1p(e) = log(w) + (e − (w − 1)) / w with w = 1 + e as rounded, exact to an ulp or two, as w − 1 is. Several
         # times faster than log1p itself, which PyTorch does not vectorise well on CPUs.
-        e = u.abs().mul_(-5).exp_()
+        q = u.abs().neg_().exp_()
+        e = (q * q).square_().mul_(q)  # exp(−5 |u|); 5 |u| would be rounded, which exp makes up to 70 times as large
         w = e + 1
         log1p = torch.addcdiv(w.log(), e.sub_(w - 1), w)
         return F.relu(u).add_(log1p, alpha=0.2).clamp_(min=self._INPUT_FLOOR)
@@ -288,7 +301,7 @@ class _PcDEQLayer(nn.Module):
     def _equilibrium(self, u: Tensor, weight: Tensor) -> Solution:
         weight = self._arrange_weight(weight)
         coarse = self._coarse(weight)
-        rounding = rounding_error(weight[0].numel(), u.dtype, worst_case=False)
+        rounding = rounding_error(weight[0].numel(), u, worst_case=False)
         evaluate, response = ACTIVATIONS[self.activation].evaluate, ACTIVATIONS[self.activation].response
 
         def solve_block(rows: slice) -> Solution:
@@ -316,7 +329,7 @@ class _PcDEQLayer(nn.Module):
         def solve_block(rows: slice) -> Solution:
             d, g = ACTIVATIONS[self.activation].derivative(z[rows]), grad[rows]
             # The squares of very small gradients vanish. The equation is linear: solve it at scale 1.
-            scale = torch.linalg.vector_norm(g, 1, dim=list(range(1, g.ndim)), keepdim=True) / g[0].numel()
+            scale = g.abs().amax(list(range(1, g.ndim)), keepdim=True)
             scale = torch.where(scale == 0, 1, scale)
             g = g / scale
             pre = g
@@ -349,24 +362,21 @@ class _PcDEQLayer(nn.Module):
     def _solve_in_blocks(
         self, solve_block: Callable[[slice], Solution], like: Tensor, direction: Literal["forward", "backward"]
     ) -> Solution:
-        count, size = len(like), len(like)
-        if like.device.type == "cpu" and count:
-            size = math.ceil(count / math.ceil(like.numel() * like.element_size() / _BLOCK_BYTES))
-        if size >= count:
+        rows = blocks(like)
+        if len(rows) == 1:
             solution = solve_block(slice(None))
         else:
-            value, blocks = torch.empty_like(like), []
-            for start in range(0, count, size):
-                rows = slice(start, start + size)
-                block = solve_block(rows)
-                value[rows] = block.value
-                blocks.append((block.status, block.evaluations, block.residual, block.bound))
-            solution = Solution(value, *(torch.cat(parts) for parts in zip(*blocks, strict=True)))
+            value, rest = torch.empty_like(like), []
+            for block in rows:
+                part = solve_block(block)
+                value[block] = part.value
+                rest.append((part.status, part.evaluations, part.residual, part.bound))
+            solution = Solution(value, *(torch.cat(parts) for parts in zip(*rest, strict=True)))
         self.solver.report(solution, self, direction)
         return solution
 
     def _start(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """W, x and the state of a plain iteration: z, size of its last change, which samples go on.
+        """W, x and the state of a plain iteration: z, its last relative change, which samples go on.
 
         TorchScript and the exporters take neither autograd.Function nor the solver. For them the layer iterates
         plainly until the estimated error of each sample is below `tol`, see `solve`.
@@ -383,10 +393,11 @@ class _PcDEQLayer(nn.Module):
         """The state after one more evaluation of the samples that go on."""
         new = self.sigma(self._map(z, weight) + x).contiguous()
         new = torch.where(running.view([-1] + [1] * (x.ndim - 1)), new, z)
-        change = torch.linalg.vector_norm((new - z).flatten(1), dim=1)
+        scale = new.flatten(1).abs().amax(dim=1, keepdim=True).clamp(min=1e-37)  # squares of tiny samples would vanish
+        norm = torch.linalg.vector_norm(new.flatten(1) / scale, dim=1)
+        change = torch.linalg.vector_norm((new - z).flatten(1) / scale, dim=1) / norm
         rate = change / size
-        error = change * rate / (1 - rate) / torch.linalg.vector_norm(new.flatten(1), dim=1)
-        done = ((rate > 0) & (rate < 1) & (error <= self.tol)) | (change == 0)
+        done = ((rate > 0) & (rate < 1) & (change * rate / (1 - rate) <= self.tol)) | (change == 0)
         return new, change, running & ~done
 
     def _scripted(self, u: Tensor) -> Tensor:

@@ -12,7 +12,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import SelectAdaptivePool2d, get_device_dtype, register_notrace_function, to_2tuple
+import torch.nn.functional as F
+from timm.layers import (
+    SelectAdaptivePool2d,
+    get_device_dtype,
+    register_notrace_function,
+    register_notrace_module,
+    to_2tuple,
+)
 from timm.models import (
     build_model_with_cfg,
     checkpoint_seq,
@@ -22,8 +29,9 @@ from timm.models import (
 )
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from pcdeq_zoo.layers import PcDEQConv2d, PcDEQLinear
+from pcdeq_zoo.layers import PcDEQConv2d, PcDEQLinear, blocks
 from pcdeq_zoo.solver import OnFailure, Solver, Stop
 from pcdeq_zoo.variants import VARIANTS, Variant
 from pcdeq_zoo.weights import CHECKPOINTS, WeightsError, check_source, results
@@ -49,6 +57,55 @@ def check_images(x: Tensor, in_chans: int, img_size: tuple[int, int]) -> None:
         return  # a graph cannot look at its data
     if not bool(x.isfinite().all()):
         raise ValueError("got images with NaN or infinite pixels, this model takes finite ones")
+
+
+class _MaxPool(torch.autograd.Function):
+    """Max pool that keeps the positions of its maxima in 2 bytes instead of 8, and handles them block by block.
+
+    As the library has it, they are the largest tensors of a training step: twice as large as what is pooled.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, window: tuple[int, int, int]) -> Tensor:
+        y, positions = torch.empty_like(x), torch.empty_like(x, dtype=torch.int16)
+        for rows in blocks(x):
+            y[rows], positions[rows] = F.max_pool2d(x[rows], *window, return_indices=True)
+        ctx.save_for_backward(x, positions)
+        ctx.window = window
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        x, positions = ctx.saved_tensors
+        size, stride, padding = ctx.window
+        pool_backward = torch.ops.aten.max_pool2d_with_indices_backward
+        x_grad = torch.empty_like(x)
+        for rows in blocks(x):
+            x_grad[rows] = pool_backward(
+                grad[rows], x[rows], [size], [stride], [padding], [1], False, positions[rows].long()
+            )
+        return x_grad, None
+
+
+@register_notrace_module  # asks whether gradients are wanted
+class CompactMaxPool2d(nn.MaxPool2d):
+    """Max pool of 3x3 windows that keeps the image size, with less memory for its gradient than `nn.MaxPool2d`."""
+
+    def __init__(self) -> None:
+        super().__init__(3, stride=1, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting() or torch.compiler.is_compiling():
+            return F.max_pool2d(x, self.kernel_size, self.stride, self.padding)
+        else:
+            return self._compact(x)
+
+    @torch.jit.unused
+    def _compact(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled() or x.shape[2] * x.shape[3] >= 2**15:
+            return super().forward(x)
+        return _MaxPool.apply(x, (self.kernel_size, self.stride, self.padding))
 
 
 class PcDEQHead(nn.Module):
@@ -184,7 +241,7 @@ class PcDEQ(nn.Module):
             layers[f"prenorm{stage}"] = nn.BatchNorm2d(width_out, device=device, dtype=dtype)
             layers[f"deq{stage}"] = deq(width_out, activation, solver=self.solver, device=device, dtype=dtype)
             if structure != "l":
-                layers[f"pool{stage}"] = nn.MaxPool2d(3, stride=1, padding=1)
+                layers[f"pool{stage}"] = CompactMaxPool2d()
             layers[f"postnorm{stage}"] = nn.BatchNorm2d(width_out, device=device, dtype=dtype)
             # A feature per stage; nets of one stage offer the steps within it.
             for tap in ("postnorm",) if structure == "mc" else ("conv", "deq", "postnorm"):

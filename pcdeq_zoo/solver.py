@@ -77,7 +77,7 @@ class Solution:
     """What `solve` returns, per sample (N samples).
 
     Attributes:
-        value: The fixed point, shape (N, ...).
+        value: The fixed point, shape (N, ...): the last iterate where it is certified, else its extrapolation.
         status: `Status` codes, shape (N,), int8.
         evaluations: Evaluations of the step spent on the sample, shape (N,), int64.
         residual: Relative change of the last evaluation, ‖z_k − z_{k−1}‖₂ / ‖z_k‖₂, shape (N,).
@@ -104,7 +104,8 @@ class Solution:
     @property
     def upper(self) -> Tensor:
         """Upper bound of every unit of the equilibrium, shape (N, ...); infinite where nothing was proven."""
-        return self.value * (1 + _per_sample(self.bound, self.value))
+        bound = _per_sample(self.bound, self.value)
+        return torch.where(bound.isfinite(), self.value * (1 + bound), math.inf)
 
     def failure(self) -> str | None:
         """One line that says which samples failed and how, or None if all converged."""
@@ -126,11 +127,18 @@ def _per_sample(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *[1] * (like.ndim - 1))
 
 
+def _check_limits(tol: float, max_evals: int) -> None:
+    if not tol > 0:
+        raise ValueError(f"tol must be above 0, got {tol!r}")
+    if not max_evals >= 2:
+        raise ValueError(f"max_evals must be at least 2, got {max_evals!r}")
+
+
 def relative_change(change: Tensor, new: Tensor) -> Tensor:
     """‖change‖₂ / ‖new‖₂ per sample, shape (N,); 0 where nothing changed, not finite only where an entry is not."""
     dims = list(range(1, new.ndim))
     # Scaled: the squares of tiny or huge samples leave float32's range, and a vanished norm would read as convergence.
-    scale = new.abs().amax(dims, keepdim=True).clamp(min=1e-37)
+    scale = torch.maximum(new.abs(), change.abs()).amax(dims, keepdim=True).clamp(min=1e-37)
     size = torch.linalg.vector_norm(new / scale, dim=dims)
     change_size = torch.linalg.vector_norm(change / scale, dim=dims)
     return torch.where(change_size == 0, change_size, change_size / size)
@@ -142,7 +150,7 @@ def solve(
     *,
     tol: float = 1e-4,
     max_evals: int = 200,
-    stop: Stop = "residual",
+    stop: Literal["estimated", "residual"] = "residual",
     accelerate: bool = False,
     again: Callable[[Tensor], Tensor] | None = None,
     nonnegative: bool = False,
@@ -150,8 +158,8 @@ def solve(
 ) -> Solution:
     """Iterate z ← step(z) until every sample has converged, failed, or used up its evaluations.
 
-    The iteration goes by pairs of evaluations, and looks at the samples after each pair: their two changes d₁, d₂ give
-    the criterion and the extrapolation.
+    The iteration goes by pairs of evaluations. The two changes d₁, d₂ of a pair give the criterion, which is asked
+    after each pair (on a GPU after every second), and the extrapolation.
 
     Args:
         step: Map of (N, ...) to new (N, ...) that treats each sample by itself.
@@ -160,13 +168,17 @@ def solve(
         max_evals: Most evaluations of `step`, at least 2.
         stop: What a sample has to reach. "residual": ‖d₂‖₂ ≤ tol · ‖z‖₂ over its own entries, the paper's criterion
             (section 5) per sample. "estimated": the same for the error ‖d₂‖ r / (1 − r) that is left if the changes go
-            on as a geometric series, r = ‖d₂‖ / ‖d₁‖. "certified": the certificate proves each unit to within `tol`.
+            on as a geometric series, r = ‖d₂‖ / ‖d₁‖.
         accelerate: Extrapolate each pair as a geometric series with one rate per sample (Aitken's process). Given up
             for a sample when it changes more after an extrapolation than before, so that plain iteration takes over.
         again: `step(step(z))` from the change step(z) − z, called right after `step(z)`; where that is cheaper.
         nonnegative: Keep extrapolations nonnegative.
-        certificate: For "certified": of a positive concave `step` and its `start`.
+        certificate: Of a positive concave `step` and its `start`. A sample is then done when it proves every unit to
+            within `tol`, instead of `stop`.
     """
+    _check_limits(tol, max_evals)
+    if stop not in ("estimated", "residual"):
+        raise ValueError(f"stop must be estimated or residual, got {stop!r}")
     if start.ndim < 2:
         raise ValueError(f"start must be (N, ...) with at least one entry axis, got shape {tuple(start.shape)}")
     count, device, dims = len(start), start.device, list(range(1, start.ndim))
@@ -180,7 +192,7 @@ def solve(
     # To ask who is done is to wait for the device; on a GPU for longer than a pair takes.
     patience = 2 if device.type == "cpu" else 4
     running = torch.ones(count, dtype=torch.bool, device=device)
-    helps, last_size = running, residual
+    helps, extrapolated, last_size = running, ~running, residual
     value = result = start
     for k in range(2, max_evals + 1, 2):
         middle = step(value)
@@ -198,10 +210,11 @@ def solve(
 
         following = new
         if accelerate:
-            rate = (change * first).sum(dims).div_(first_size * first_size).nan_to_num_(0, 0, 0).clamp_(0, _MAX_RATE)
-            helps = helps & ~(first_size > last_size)
+            rate = (change * first).sum(dims).div_(first_size * first_size).nan_to_num_(0, 0, 0)
+            rate = rate.masked_fill_(rate >= 1, 0).clamp_(0, _MAX_RATE)
+            helps = helps & ~(extrapolated & (first_size > last_size))
             rate *= helps if certificate is None else helps & certificate.ready
-            last_size = size
+            last_size, extrapolated = size, rate > 0
             following = torch.addcmul(new, _per_sample(rate / (1 - rate), new), change)
             if certificate is not None:
                 following = certificate.clamp(following)
@@ -209,11 +222,14 @@ def solve(
                 following.clamp_(min=0)
 
         if k + 2 > max_evals or (k % patience == 0 and not error.amin().item() > tol):
-            if certificate is not None or not bool(((now > 1e-12) & (now < 1e12)).all()):
+            if certificate is not None:
                 now = relative_change(change, new)
-            done = running & ((error if stop != "residual" else now) <= tol)
-            if certificate is None:
-                done |= running & (now == 0)
+            elif not bool(((now > 1e-12) & (now < 1e12)).all()):
+                now = error = relative_change(change, new)
+                if stop == "estimated":
+                    ratio = now / relative_change(first, new)
+                    error = torch.where(now == 0, now, now * ratio / (1 - ratio).clamp_(min=0))
+            done = running & (error <= tol)
             failed = running & ~now.isfinite()
             status.masked_fill_(done, Status.CONVERGED).masked_fill_(failed, Status.NON_FINITE)
             evaluations.masked_fill_(done | failed, k)
@@ -227,6 +243,7 @@ def solve(
             if not bool(running.any()):
                 break
         value = following
+        del middle, first, new, change, following  # or they would stay beside the next pair's
     return Solution(result, status, evaluations, residual, bound)
 
 
@@ -242,17 +259,14 @@ class Solver:
             little about the error; the paper's criterion, but per sample. The gradient's solve, for which there is no
             certificate, takes "estimated" for "certified".
         on_failure: What a solve does when a sample fails: "raise" `ConvergenceError`, "warn" (`ConvergenceWarning`,
-            once for all layers that share this object), or "ignore". The value is the last iterate in any case, and
-            NaN or infinity is passed on.
+            once for all layers that share this object), or "ignore". The layer outputs what it has in any case, NaN and
+            infinity included.
     """
 
     def __init__(
         self, tol: float = 1e-3, max_evals: int = 200, stop: Stop = "certified", on_failure: OnFailure = "warn"
     ) -> None:
-        if not tol > 0:
-            raise ValueError(f"tol must be above 0, got {tol!r}")
-        if not max_evals >= 2:
-            raise ValueError(f"max_evals must be at least 2, got {max_evals!r}")
+        _check_limits(tol, max_evals)
         for name, value, options in (("stop", stop, Stop), ("on_failure", on_failure, OnFailure)):
             if value not in get_args(options):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(options))}, got {value!r}")
@@ -281,7 +295,7 @@ class Solver:
             first,
             tol=self.tol,
             max_evals=self.max_evals,
-            stop=self.stop,
+            stop="residual" if self.stop == "residual" else "estimated",
             accelerate=True,
             again=None if certify else again,
             nonnegative=True,
@@ -292,7 +306,7 @@ class Solver:
         self, step: Callable[[Tensor], Tensor], start: Tensor, again: Callable[[Tensor], Tensor] | None
     ) -> Solution:
         """Solution of the adjoint equation."""
-        stop = "estimated" if self.stop == "certified" else self.stop
+        stop: Literal["estimated", "residual"] = "residual" if self.stop == "residual" else "estimated"
         return solve(step, start, tol=self.tol, max_evals=self.max_evals, stop=stop, accelerate=True, again=again)
 
     def report(self, solution: Solution, layer: nn.Module, direction: Direction) -> None:

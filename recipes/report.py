@@ -1,4 +1,4 @@
-"""Bring the tables of README.md and MODEL_CARD.md up to date with the package's data.
+"""Bring the tables of the documents up to date with the package's data and benchmarks/results.json.
 
     python recipes/report.py
 
@@ -8,13 +8,20 @@ A table stands between `<!-- NAME -->` and `<!-- /NAME -->`, NAME being a key of
 from __future__ import annotations
 
 import argparse
+import json
 import re
+import sys
 from pathlib import Path
+from typing import Any
 
 from pcdeq_zoo import VARIANTS
 from pcdeq_zoo.weights import results
 
 ROOT = Path(__file__).parents[1]
+DOCUMENTS = ("README.md", "MODEL_CARD.md", "docs/solver.md")
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import tables as benchmark  # noqa: E402
 
 
 def models() -> str:
@@ -42,7 +49,18 @@ def checkpoints() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"models": models, "checkpoints": checkpoints}
+def measurements() -> dict[str, Any]:
+    """What benchmarks/run.py measured last."""
+    return json.loads((ROOT / "benchmarks" / "results.json").read_text(encoding="utf-8"))
+
+
+TABLES = {
+    "models": models,
+    "checkpoints": checkpoints,
+    "benchmark-summary": lambda: benchmark.summary(measurements()),
+    "benchmark-speed": lambda: benchmark.speed(measurements()),
+    "benchmark-accuracy": lambda: benchmark.accuracy(measurements()),
+}
 
 
 def updated(text: str) -> str:
@@ -59,7 +77,7 @@ def updated(text: str) -> str:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    for file in (ROOT / "README.md", ROOT / "MODEL_CARD.md"):
+    for file in (ROOT / document for document in DOCUMENTS):
         text = file.read_text(encoding="utf-8")
         if updated(text) != text:
             file.write_text(updated(text), encoding="utf-8")

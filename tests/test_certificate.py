@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from pcdeq_zoo import (
     ACTIVATIONS,
     DATASETS,
-    Certificate,
     ConvergenceWarning,
     PcDEQConv2d,
     PcDEQLinear,
@@ -20,7 +19,7 @@ from pcdeq_zoo import (
     Status,
     enclosure,
 )
-from pcdeq_zoo.certificate import rounding_error
+from pcdeq_zoo.certificate import Certificate, rounding_error
 from pcdeq_zoo.data import normalize
 from pcdeq_zoo.weights import results
 
@@ -102,7 +101,7 @@ def test_the_weights_make_the_map_a_contraction(kind: str, activation: str, norm
     weight, x = layer._arrange_weight(layer.weight), layer._input_map(layer._arrange(x))
     a = layer._step(torch.zeros_like(x), weight, x)
     certificate = Certificate(
-        a, ACTIVATIONS[activation].response, rounding_error(weight[0].numel(), x.dtype, worst_case=False)
+        a, ACTIVATIONS[activation].response, rounding_error(weight[0].numel(), x, worst_case=False)
     )
     for _ in range(30):
         b = layer._step(a, weight, x)
@@ -204,3 +203,29 @@ def test_memory_order_and_dtype_of_an_enclosure():
     lower, upper = enclosure(layer, torch.randn(2, 3, 5, 5))
     assert lower.dtype == upper.dtype == torch.float64
     assert lower.shape == upper.shape == (2, 3, 5, 5)
+
+
+@every_layer
+def test_certified_alone_as_in_a_batch(kind: str, activation: str):
+    layer, _ = adversarial(kind, activation, 3.0, "usual")
+    shape = (64, 12) if kind == "linear" else (64, 3, 5, 4)
+    x = torch.randn(shape) * torch.logspace(-2, 1, 64).view(-1, *[1] * (len(shape) - 1))
+    batch = layer.solve(x)
+    mates = x.clone()
+    mates[:32] = 5 * torch.randn_like(mates[:32])
+    again = layer.solve(mates)
+    assert torch.equal(again.value[32:], batch.value[32:])
+    assert torch.equal(again.evaluations[32:], batch.evaluations[32:])
+    for i in range(0, 64, 9):
+        torch.testing.assert_close(layer.solve(x[i : i + 1]).value[0], batch.value[i], rtol=1e-4, atol=1e-7)
+
+
+def test_reduced_precision_products_widen_the_bound():
+    like = torch.zeros(1)
+    exact = rounding_error(100, like, worst_case=False)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert rounding_error(100, like, worst_case=False) > 1000 * exact
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert exact < rounding_error(100, like, worst_case=True)

@@ -147,7 +147,7 @@ def test_gradient_is_that_of_unrolling(kind: str, activation: str):
 
 
 @every_layer
-@pytest.mark.parametrize("scale", [1.0, 1e-6, 1e-9, 1e-30, 1e20])
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 1e-9, 1e-30, 1e20, 1e36])
 def test_gradient_does_not_depend_on_the_scale_of_the_loss(kind: str, activation: str, scale: float):
     layer, x = make(kind, activation, dtype=torch.float32)
     y = layer(x.requires_grad_())

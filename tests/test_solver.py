@@ -194,7 +194,7 @@ class TestFailure:
         with torch.no_grad():
             layer.weight_g.fill_(1)
         y = layer(torch.randn(8, 4))
-        layer.solver.max_evals, layer.solver.on_failure = 1, "raise"
+        layer.solver.max_evals, layer.solver.tol, layer.solver.on_failure = 2, 1e-7, "raise"
         with pytest.raises(ConvergenceError, match="backward"):
             y.sum().backward()
 
@@ -255,3 +255,34 @@ class TestRecords:
         before = dict(vars(layer))
         layer(torch.randn(2, 4)).sum().backward()
         assert vars(layer) == before
+
+
+@pytest.mark.parametrize("stop", ["estimated", "residual"])
+@pytest.mark.parametrize("scale", [1e-36, 1e-25, 1e-9, 1.0, 1e25])
+def test_every_stop_works_at_every_scale(stop: str, scale: float):
+    solution = solve(lambda z: 0.5 * z + scale, torch.full((2, 3), scale), stop=stop, accelerate=True)
+    assert solution.converged.all()
+    assert (solution.value / scale).allclose(torch.tensor(2.0), rtol=1e-3)
+
+
+def test_a_fall_to_zero_is_finite():
+    solution = solve(lambda z: (z - 1).clamp(min=0), torch.full((1, 2), 2.0))
+    assert solution.converged.all()
+    assert (solution.value == 0).all()
+
+
+def test_changes_that_grow_at_first_do_not_end_the_acceleration():
+    """tanh(5 z + x) from a small x: the changes grow until the curve bends; there was nothing to give up."""
+    start = torch.full((1, 1), 1e-4, dtype=torch.float64)
+    step = lambda z: torch.tanh(1.5 * z + 1e-4)  # noqa: E731
+    plain, accelerated = (solve(step, start, tol=1e-10, max_evals=2000, accelerate=a) for a in (False, True))
+    torch.testing.assert_close(accelerated.value, plain.value)
+    assert accelerated.evaluations < plain.evaluations
+
+
+def test_bad_limits_of_solve():
+    start = torch.zeros(1, 1)
+    with pytest.raises(ValueError, match="tol must be above 0, got -1"):
+        solve(lambda z: z, start, tol=-1)
+    with pytest.raises(ValueError, match="stop must be estimated or residual, got 'certified'"):
+        solve(lambda z: z, start, stop="certified")

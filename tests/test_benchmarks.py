@@ -1,0 +1,47 @@
+"""What the zoo is measured against solves the same problem: the same outputs and gradients, within its tolerance."""
+
+import pytest
+import timm
+import torch
+from baselines import Paper, baseline
+from run import gradient, solved_layers, unit_errors
+from torch import nn
+
+from pcdeq_zoo import PcDEQConv2d, PcDEQLinear
+
+NETS = ["pcdeq1_l_tanh_mnist", "pcdeq2_mc_sigmoid_mnist", "pcdeq1_mc_softsign_mnist"]
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_the_papers_algorithm_gives_the_same(name: str):
+    model = timm.create_model(name, stop="residual", tol=1e-5).train()
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, PcDEQLinear | PcDEQConv2d):
+                layer.weight_v.uniform_()
+                layer.weight_g.uniform_(0.3, 0.6)
+    net = baseline(model, "paper").train()
+    assert sum(isinstance(layer, Paper) for layer in net.modules()) == len(solved_layers(model))
+    assert sum(p.numel() for p in net.parameters()) == sum(p.numel() for p in model.parameters())
+
+    images, labels = torch.rand(8, 1, 28, 28), torch.arange(8)
+    ours, theirs = gradient(model, images, labels), gradient(net, images, labels)
+    assert (ours - theirs).norm() < 0.02 * ours.norm()
+    assert all(count > 0 for layer in solved_layers(net).values() for count in layer.evaluations.values())
+    model.eval()
+    net.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(net(images), model(images), rtol=1e-2, atol=1e-3)
+    errors = unit_errors(net, solved_layers(model), images)
+    assert 0 < max(errors.values()) < 0.01
+
+
+def test_the_projection_of_the_baseline():
+    net = baseline(timm.create_model("pcdeq1_mc_tanh_mnist"), "paper")
+    layer = next(layer for layer in net.modules() if isinstance(layer, Paper))
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.sub_(1)
+    layer.clamp()
+    assert all((parameter >= 0).all() for parameter in layer.parameters())
+    assert isinstance(layer.sigma, nn.Tanh)

@@ -1,6 +1,6 @@
 """Measure speed, accuracy and memory of the zoo's solves against other implementations, on one machine in one run.
 
-    make benchmark                               sets up, then every net and measure: about half an hour on 2 cores
+    make benchmark                               sets up, then every net and measure: about forty minutes on 2 cores
     python benchmarks/run.py --nets pcdeq1_mc_relu6_cifar --rounds 5
 
 Prints tables and, for all nets, writes benchmarks/results.json; `python recipes/report.py` then brings the documents
@@ -10,7 +10,7 @@ All contenders solve the same network with the same trained weights, one after t
 machine that slows down slows all of them; figures are medians over the rounds, and speeds are ratios. Nothing else may
 run meanwhile. A training step is forward, backward and projection, without an optimizer. Nets without a checkpoint in
 the package are first trained for 400 steps by the first epoch of the paper's recipe (minutes to a quarter of an hour
-each, kept in runs/benchmark): by then the evaluations per layer have stopped rising. Errors are against enclosures of
+each, kept in runs/benchmark). Errors are against enclosures of
 the same layer inputs, and against a float64 solve of the whole network for gradients.
 """
 

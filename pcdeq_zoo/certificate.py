@@ -48,14 +48,15 @@ def rounding_error(terms: int, like: Tensor, *, worst_case: bool) -> float:
 
     Either the worst case, terms · u, or what holds with a probability of at least 1 − 2 terms e⁻¹⁸ per sum if rounding
     errors are independent with mean zero, 6 √terms · u (Higham and Mary, SIAM J. Sci. Comput. 2019). u is the unit
-    roundoff, also that of TF32 where PyTorch is free to use it. Winograd convolutions are not covered.
+    roundoff, that of bfloat16 products where PyTorch is free to use these or TF32.
+    Winograd convolutions are not covered.
     """
     unit = torch.finfo(like.dtype).eps / 2
     if like.dtype == torch.float32:
         reduced = torch.get_float32_matmul_precision() != "highest" or (
             like.is_cuda and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
         )
-        unit = 2.0**-10 if reduced else unit
+        unit = 2.0**-8 if reduced else unit
     return ((terms if worst_case else 6 * math.sqrt(terms)) + _ELEMENTARY_ERRORS) * unit
 
 

@@ -1,5 +1,7 @@
 """A model zoo of positive concave deep equilibrium models. Importing it registers the models with timm."""
 
+__version__ = "0.1.0"  # before the imports: the weights of this version are looked for on the Hub by it
+
 from pcdeq_zoo.certificate import Enclosure, enclosure
 from pcdeq_zoo.data import DATASETS, DataError, Dataset
 from pcdeq_zoo.layers import ACTIVATIONS, PcDEQConv2d, PcDEQLinear
@@ -16,8 +18,6 @@ from pcdeq_zoo.solver import (
 )
 from pcdeq_zoo.variants import VARIANTS, Recipe, Variant
 from pcdeq_zoo.weights import WeightsError
-
-__version__ = "0.1.0"
 
 __all__ = [
     "ACTIVATIONS",

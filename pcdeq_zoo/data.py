@@ -42,6 +42,7 @@ class Dataset:
         std: Per channel; `normalize` divides by it.
         classes: Names of the labels 0 to 9.
         sizes: Images per split.
+        terms: Under what terms the images may be used, and whose they are.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Dataset:
     std: tuple[float, ...]
     classes: tuple[str, ...]
     sizes: dict[Split, int]
+    terms: str
 
 
 _DIGITS = tuple("0123456789")
@@ -70,6 +72,7 @@ DATASETS = {
         std=(1.0,),
         classes=_DIGITS,
         sizes={"train": 60_000, "test": 10_000},
+        terms="LeCun, Cortes and Burges; CC BY-SA 3.0",
     ),
     "svhn": Dataset(
         name="svhn",
@@ -82,6 +85,7 @@ DATASETS = {
         std=(0.1980, 0.2010, 0.1970),
         classes=_DIGITS,
         sizes={"train": 73_257, "test": 26_032},
+        terms="Netzer et al., 2011; for non-commercial use only",
     ),
     "cifar": Dataset(
         name="cifar",
@@ -94,6 +98,7 @@ DATASETS = {
         std=(0.2470, 0.2435, 0.2616),
         classes=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
         sizes={"train": 50_000, "test": 10_000},
+        terms="Krizhevsky, 2009; its authors state no licence",
     ),
 }
 

@@ -34,7 +34,7 @@ from torch.autograd.function import once_differentiable
 from pcdeq_zoo.layers import PcDEQConv2d, PcDEQLinear, blocks
 from pcdeq_zoo.solver import OnFailure, Solver, Stop
 from pcdeq_zoo.variants import VARIANTS, Variant
-from pcdeq_zoo.weights import CHECKPOINTS, WeightsError, check_source, results
+from pcdeq_zoo.weights import CHECKPOINTS, WeightsError, hub_id, local_file, results
 
 __all__ = ["PcDEQ"]
 
@@ -368,6 +368,14 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
             raise WeightsError(
                 f"these weights are not of this model: {name} is {tuple(found.shape)}, wanted {tuple(wanted.shape)}"
             )
+    for name, tensor in state_dict.items():
+        if not bool(tensor.isfinite().all()):
+            raise WeightsError(f"these weights are damaged: {name} holds NaN or infinity")
+        if name.endswith((".weight_v", ".weight_g")) and bool((tensor < 0).any()):
+            raise WeightsError(
+                f"these weights are not of a pcDEQ: {int((tensor < 0).sum())} entries of {name} are below 0; what "
+                "state_dict() gives of a model of the zoo has none, of another clamp v and g at 0 before saving"
+            )
     return state_dict
 
 
@@ -387,11 +395,13 @@ def _translate(name: str) -> str:
     return name
 
 
-def _cfg(variant: Variant, file: str | None) -> dict[str, Any]:
+def _cfg(variant: Variant, checkpoint: str | None) -> dict[str, Any]:
     channels, height, width = variant.dataset.input_size
     pool_size = {"l": (1, 1), "sc": (height, width), "mc": (height // 4 - 1, width // 4 - 1)}[variant.structure]
     return {
-        "file": file,
+        "file": checkpoint and str(CHECKPOINTS / f"{checkpoint}.safetensors"),
+        "hf_hub_id": checkpoint and hub_id(checkpoint),
+        "hf_hub_filename": checkpoint and "model.safetensors",
         "input_size": (channels, height, width),
         "fixed_input_size": True,
         "pool_size": pool_size,
@@ -413,10 +423,10 @@ def _cfg(variant: Variant, file: str | None) -> dict[str, Any]:
 
 def _default_cfgs() -> dict[str, dict[str, Any]]:
     """A config for each checkpoint in the package, and one without weights for each model that has none."""
-    files: dict[str, str | None] = {model: str(CHECKPOINTS / f"{model}.safetensors") for model in results()}
-    trained = {model.split(".")[0] for model in files}
-    files |= {f"{name}.paper": None for name in VARIANTS if name not in trained}
-    return {model: _cfg(VARIANTS[model.split(".")[0]], file) for model, file in files.items()}
+    checkpoints: dict[str, str | None] = {model: model for model in results()}
+    trained = {model.split(".")[0] for model in checkpoints}
+    checkpoints |= {f"{name}.paper": None for name in VARIANTS if name not in trained}
+    return {model: _cfg(VARIANTS[model.split(".")[0]], checkpoint) for model, checkpoint in checkpoints.items()}
 
 
 default_cfgs = generate_default_cfgs({**_default_cfgs()})
@@ -424,9 +434,11 @@ default_cfgs = generate_default_cfgs({**_default_cfgs()})
 
 def _create_pcdeq(variant: Variant, pretrained: bool = False, **kwargs: Any) -> PcDEQ:
     if pretrained:
-        check_source(
-            resolve_pretrained_cfg(variant.name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-        )
+        overlay = kwargs.get("pretrained_cfg_overlay")
+        cfg = resolve_pretrained_cfg(variant.name, kwargs.get("pretrained_cfg"), overlay)
+        if file := local_file(cfg, kwargs.get("cache_dir")):
+            # timm then loads this file, which was verified, from whatever source it came.
+            kwargs["pretrained_cfg_overlay"] = {**(overlay or {}), "file": str(file), "source": None}
     sizes = {"structure": variant.structure, "activation": variant.activation, "channels": variant.channels}
     return build_model_with_cfg(
         PcDEQ,

@@ -1,21 +1,46 @@
-"""The checkpoints in this package: what was measured of them, and the check that a file is the one it was measured on.
+"""The checkpoints: what was measured of them, where they are, and the check that a file is the one it should be.
 
 `checkpoints/results.csv` holds one row per checkpoint, with its test accuracy, how it was trained, and the size and
-sha256 of its safetensors file. The pretrained configs, the model tables and the check below all read it.
+sha256 of its safetensors file. The pretrained configs, the model cards, the tables and the checks below all read it.
+
+`pretrained=True` takes the file in this package. With `PCDEQ_ZOO_WEIGHTS=hub` in the environment it takes the same file
+from the Hugging Face Hub; `hf-hub:NAMESPACE/NAME[@REVISION]` for a name takes any repository of this architecture.
+Neither huggingface_hub nor timm compares what it downloads, or finds in its cache, with the sha256 that the Hub states:
+a flipped bit loads without a word (huggingface_hub 2.4, timm 1.0.31). `local_file` does.
 """
 
 from __future__ import annotations
 
 import csv
 import hashlib
+import os
+import re
 from pathlib import Path
 
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub.errors import HFValidationError, HTTPError
 from safetensors import SafetensorError, safe_open
 from timm.models import PretrainedCfg, load_state_dict
 
-__all__ = ["CHECKPOINTS", "RESULT_COLUMNS", "WeightsError", "check_source", "results", "sha256"]
+from pcdeq_zoo import __version__
+
+__all__ = [
+    "CHECKPOINTS",
+    "NAMESPACE",
+    "RESULT_COLUMNS",
+    "WeightsError",
+    "hub_digest",
+    "hub_id",
+    "local_file",
+    "results",
+    "sha256",
+]
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
+
+# Where the zoo's own repositories are: one per checkpoint, tagged with the version of the package that it ships with.
+NAMESPACE = "pcdeq-zoo"
+_SOURCE_VARIABLE = "PCDEQ_ZOO_WEIGHTS"
 
 # Accuracies in percent; the first nine as in timm's result files.
 RESULT_COLUMNS = (
@@ -35,9 +60,12 @@ RESULT_COLUMNS = (
     "seed",
     "tol",
     "evals_mean",  # evaluations of W per image and pcDEQ layer
+    "evals_layers",  # the same mean layer by layer, "5.9/8.1/12.4"
     "evals_max",
     "bound_max",  # largest proven relative error of a unit
     "commit",  # of the training code
+    "hardware",  # that trained it
+    "hours",  # of training
     "bytes",
     "sha256",
 )
@@ -59,33 +87,55 @@ def sha256(path: Path) -> str:
         return hashlib.sha256(file.read()).hexdigest()
 
 
-def check_source(cfg: PretrainedCfg) -> None:
-    """Refuse a pretrained config whose weights cannot be loaded, before timm tries.
+def hub_id(checkpoint: str) -> str:
+    """Repository and revision on the Hub of a "model.tag" that ships with this version."""
+    return f"{NAMESPACE}/{checkpoint}@v{__version__}"
 
-    A file of this package must have the size and sha256 of its results row. Any other file must be readable and, where
-    its safetensors metadata name an architecture, hold that of `cfg`. Hub ids, URLs and state dicts are left to timm.
+
+def hub_digest(content: bytes, like: str) -> str:
+    """Digest of a file's content as the Hub states it: sha256, or git's blob id where `like` is one (40 digits)."""
+    if len(like) == 40:
+        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    return hashlib.sha256(content).hexdigest()
+
+
+def local_file(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> Path | None:
+    """The file that a pretrained config stands for, downloaded if need be, and verified before anything loads it.
+
+    A checkpoint of this package, here or on the Hub, must have the size and sha256 of its results row. A file of any
+    other Hub repository must be what the Hub says it is. All must be readable and, where their safetensors metadata
+    name an architecture, hold that of `cfg`.
+
+    Returns:
+        The file, or None for what timm loads by itself: URLs, state dicts and local folders.
 
     Raises:
-        WeightsError: No weights, no such file, or not the file that it should be.
+        WeightsError: No weights, no such file or repository, or not the file that it should be.
     """
     name = f"{cfg.architecture}.{cfg.tag}" if cfg.tag else str(cfg.architecture)
-    if cfg.source in ("hf-hub", "local-dir") or cfg.state_dict:
-        return
-    if not cfg.file:
-        if not (cfg.hf_hub_id or cfg.url):
-            trained = ", ".join(results()) or "none yet"
-            raise WeightsError(
-                f"no weights of {name} are published yet; use pretrained=False, or give a file of your own with "
-                f"pretrained_cfg_overlay=dict(file=...). With weights: {trained}"
-            )
-        return
+    if cfg.source == "local-dir" or cfg.state_dict:
+        return None
+    packaged = bool(cfg.file) and Path(str(cfg.file)).parent == CHECKPOINTS
+    if cfg.source == "hf-hub" or (cfg.hf_hub_id and (not cfg.file or (packaged and _prefers_hub()))):
+        path = _download(cfg, name, cache_dir)
+        row = results().get(name) if cfg.source != "hf-hub" and cfg.hf_hub_id == hub_id(name) else None
+        remedy = "the Hub holds other weights than this version of pcdeq_zoo"
+    elif cfg.file:
+        path = Path(cfg.file)
+        row = results().get(path.stem) if packaged else None
+        remedy = "install pcdeq_zoo again"
+    elif cfg.url:
+        return None
+    else:
+        trained = ", ".join(results()) or "none yet"
+        raise WeightsError(
+            f"no weights of {name} are published yet; use pretrained=False, or give a file of your own with "
+            f"pretrained_cfg_overlay=dict(file=...). With weights: {trained}"
+        )
 
-    path = Path(cfg.file)
     found = f"{path.stat().st_size} bytes with sha256 {sha256(path)}" if path.is_file() else "no file"
-    if path.parent == CHECKPOINTS and (row := results().get(path.stem)):
-        wanted = f"{row['bytes']} bytes with sha256 {row['sha256']}"
-        if found != wanted:
-            raise WeightsError(f"weights of {name}: {path}: got {found}, wanted {wanted}; install pcdeq_zoo again")
+    if row and found != (wanted := f"{row['bytes']} bytes with sha256 {row['sha256']}"):
+        raise WeightsError(f"weights of {name}: {path}: got {found}, wanted {wanted}; {remedy}")
     if not path.is_file():
         raise WeightsError(f"weights of {name}: there is no file {path}")
     try:
@@ -99,3 +149,36 @@ def check_source(cfg: PretrainedCfg) -> None:
         raise WeightsError(f"weights of {name}: {path} is not a readable checkpoint: got {found}: {error}") from error
     if architecture != cfg.architecture:
         raise WeightsError(f"weights of {name}: {path} holds weights of {architecture}")
+    return path
+
+
+def _prefers_hub() -> bool:
+    choice = os.environ.get(_SOURCE_VARIABLE) or "package"
+    if choice not in ("package", "hub"):
+        raise WeightsError(f"{_SOURCE_VARIABLE} must be package or hub, got {choice!r}")
+    return choice == "hub"
+
+
+def _download(cfg: PretrainedCfg, name: str, cache_dir: str | Path | None) -> Path:
+    """The safetensors file of a Hub repository, from the cache or the network, compared with the Hub's digest."""
+    repository, _, revision = str(cfg.hf_hub_id).partition("@")
+    filename = cfg.hf_hub_filename or "model.safetensors"  # never a pickle
+    try:
+        path = Path(hf_hub_download(repository, filename, revision=revision or None, cache_dir=cache_dir))
+        # The cache names a file after its digest. Where it cannot link, it copies under another name: ask again.
+        wanted = path.resolve().name
+        if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", wanted):
+            url = hf_hub_url(repository, filename, revision=path.parent.name)
+            wanted = str(get_hf_file_metadata(url).etag)
+    except (HTTPError, HFValidationError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise WeightsError(
+            f"weights of {name}: no {filename} from the Hub repository {cfg.hf_hub_id}: {reason}"
+        ) from error
+    content = path.read_bytes()
+    if (found := hub_digest(content, wanted)) != wanted:
+        raise WeightsError(
+            f"weights of {name}: {path.resolve()}: got {len(content)} bytes with digest {found}, wanted {wanted}; "
+            "delete this file to download it again"
+        )
+    return path

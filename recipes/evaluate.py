@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -24,17 +26,19 @@ from pcdeq_zoo.data import load, normalize
 @torch.inference_mode()
 def evaluate(
     model: nn.Module, dataset: Dataset, images: Tensor, labels: Tensor, batch_size: int = 500, progress: bool = False
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Accuracy and the cost of the solves on uint8 images (N, C, H, W) with labels (N,).
 
     Returns:
         n, top1 and top5 in percent, nll (mean cross-entropy in nats), evals_mean and evals_max (evaluations of W per
-        image and pcDEQ layer), bound_max (largest proven relative error of a unit).
+        image and pcDEQ layer), evals_layers (the mean layer by layer, "5.9/8.1/12.4"), bound_max (largest proven
+        relative error of a unit).
     """
     model.eval()
     device = next(model.parameters()).device
-    top1 = top5 = nll = evaluations = 0.0
-    evaluations_max, bound_max, solves = 0, 0.0, 0
+    top1 = top5 = nll = bound_max = 0.0
+    evaluations: dict[str, int] = defaultdict(int)
+    evaluations_max = 0
     for start in tqdm(range(0, len(images), batch_size), desc="evaluate", leave=False, disable=not progress):
         x = normalize(images[start : start + batch_size].to(device), dataset)
         y = labels[start : start + batch_size].to(device)
@@ -45,8 +49,7 @@ def evaluate(
         top5 += hits.sum().item()
         nll += F.cross_entropy(logits, y, reduction="sum").item()
         for record in records:
-            evaluations += record.evaluations.sum().item()
-            solves += len(record.evaluations)
+            evaluations[record.layer] += int(record.evaluations.sum())
             evaluations_max = max(evaluations_max, int(record.evaluations.max()))
             bound_max = max(bound_max, record.bound.max().item())
     n = len(images)
@@ -55,7 +58,8 @@ def evaluate(
         "top1": round(100 * top1 / n, 4),
         "top5": round(100 * top5 / n, 4),
         "nll": round(nll / n, 4),
-        "evals_mean": round(evaluations / solves, 2),
+        "evals_mean": round(sum(evaluations.values()) / len(evaluations) / n, 2),
+        "evals_layers": "/".join(f"{total / n:.2f}" for total in evaluations.values()),
         "evals_max": evaluations_max,
         "bound_max": float(f"{bound_max:.2e}"),
     }

@@ -142,7 +142,7 @@ def train(
 
 
 def results_row(
-    name: str, measured: dict[str, float], recipe: Recipe, seed: int, tol: float, file: Path
+    name: str, measured: dict[str, Any], recipe: Recipe, seed: int, tol: float, hours: float, device: str, file: Path
 ) -> dict[str, Any]:
     """The row of `results.csv`, columns as in `pcdeq_zoo.weights.results`."""
     variant = VARIANTS[name]
@@ -160,10 +160,20 @@ def results_row(
         "seed": seed,
         "tol": tol,
         "commit": _commit(),
+        "hardware": device,
+        "hours": round(hours, 2),
         "bytes": file.stat().st_size,
         "sha256": sha256(file),
     }
     return {column: row[column] for column in RESULT_COLUMNS}
+
+
+def hardware(accelerator: Accelerator) -> str:
+    """What a run computes on, e.g. "1 CPU thread" or "2 x NVIDIA H100"."""
+    if accelerator.device.type == "cuda":
+        return f"{accelerator.num_processes} x {torch.cuda.get_device_name(accelerator.device)}"
+    threads = accelerator.num_processes * torch.get_num_threads()
+    return f"{threads} {accelerator.device.type.upper()} thread{'s' * (threads > 1)}"
 
 
 def _commit() -> str:
@@ -237,7 +247,8 @@ def main() -> None:
         saved = timm.create_model(args.model, pretrained=True, pretrained_cfg_overlay={"file": str(file)})
         saved.to(accelerator.device)
         measured = evaluate(saved, variant.dataset, test_images, test_labels)
-        row = results_row(args.model, measured, recipe, args.seed, saved.solver.tol, file)
+        hours = sum(json.loads(line)["seconds"] for line in (output / "log.jsonl").open()) / 3600
+        row = results_row(args.model, measured, recipe, args.seed, saved.solver.tol, hours, hardware(accelerator), file)
         with (output / "results.csv").open("w", newline="", encoding="utf-8") as stream:
             writer = csv.DictWriter(stream, RESULT_COLUMNS, lineterminator="\n")
             writer.writeheader()

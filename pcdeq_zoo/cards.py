@@ -1,0 +1,200 @@
+"""Model cards for the Hugging Face Hub, written from the results rows, the training logs and the variants."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from pcdeq_zoo import __version__
+from pcdeq_zoo.variants import VARIANTS, Variant
+from pcdeq_zoo.weights import CHECKPOINTS, results
+
+__all__ = ["model_card"]
+
+_STRUCTURES = {
+    "l": "one dense pcDEQ layer of {} units",
+    "sc": "one convolutional pcDEQ layer of {} channels",
+    "mc": "three convolutional pcDEQ layers of {} channels, strided convolutions between",
+}
+
+_INPUTS = {
+    "mnist": "28×28 grey digits, white on black, scaled to [0, 1]",
+    "svhn": "32×32 colour images of house numbers, normalised per channel",
+    "cifar": "32×32 colour photographs of the ten classes of CIFAR-10, normalised per channel",
+}
+
+_CITATION = """@inproceedings{gabor2024pcdeq,
+  title     = {Positive Concave Deep Equilibrium Models},
+  author    = {Gabor, Mateusz and Piotrowski, Tomasz and Cavalcante, Renato L. G.},
+  booktitle = {Proceedings of the 41st International Conference on Machine Learning},
+  year      = {2024},
+  url       = {https://arxiv.org/abs/2402.04029}
+}"""
+
+_BODY = """
+# {checkpoint}
+
+{paper_name} for {data}: an image classifier whose features are equilibria z★ = σ(W z★ + x) with W ≥ 0, of
+[Gabor, Piotrowski, Cavalcante, ICML 2024](https://arxiv.org/abs/2402.04029). Trained by the developers of pcdeq_zoo,
+not by the paper's authors, whose code is [mateuszgabor/pcdeq](https://github.com/mateuszgabor/pcdeq).
+
+## Results
+
+| {data}, {n} test images | This checkpoint | Paper (mean of five runs) |
+|---|--:|--:|
+| Top-1, % | {top1:.2f} | {paper_top1} |
+| Top-5, % | {top5:.2f} | – |
+| Cross-entropy, nats | {nll} | – |
+
+One run, seed {seed}, last epoch; nothing was chosen on the test set. `results.csv` has all that was measured,
+`log.jsonl` a line per epoch.
+
+## Model details
+
+- **Architecture:** {structure}, activation {activation} (pcDEQ-{kind}), BatchNorm before and after
+- **Parameters:** {parameters:,} ({bytes:,} bytes, float32)
+- **Input:** {inputs}
+- **Classes:** {classes}
+- **Licence of the weights:** Apache-2.0
+
+## Usage
+
+```python
+import timm, torch
+import pcdeq_zoo  # registers the models
+
+model = timm.create_model("hf-hub:{repository}", pretrained=True).eval()
+model = timm.create_model("{checkpoint}", pretrained=True).eval()  # the same file, from the package, offline
+model = timm.create_model("{checkpoint}", pretrained=True, num_classes=3)  # a new classifier, to fine-tune
+```
+
+With torch.hub, from a checkout: `torch.hub.load("path/to/pcdeq_zoo", "{name}", source="local", pretrained=True)`.
+
+The layers alone, with what is known of each solve:
+
+```python
+layer = model.features.deq1
+solution = layer.solve(torch.randn(8, {features}))  # value, status, evaluations, residual, bound
+```
+
+## Solver, and what is guaranteed
+
+The equilibrium of every sample exists, is unique, and does not depend on its batch mates (beyond float rounding). With
+the default solver (`stop="certified"`, `tol={tol:g}`, at most 200 evaluations) every unit is proven to be within
+{tol:.1%} of it, relative, in float32; a solve that does not get there warns or raises. On the test set the largest
+proven error was {bound_max}; an image took {evals} evaluations of W on average in the pcDEQ layer{plural}, and
+{evals_max} at most.
+
+## Training
+
+| | |
+|---|---|
+| Data | {train_size:,} training images of {data} ({terms}){augmentation} |
+| Recipe | the paper's (Tables 5–7): AdamW, cross-entropy, float32, batch size {batch_size} |
+| Learning rate | {lr:g}, times {factor:g} after epoch {decay_epoch} of {epochs} |
+| Weight decay | {decay:g} |
+| Solves in training | per sample, to a relative change of 1e-4, forward and backward; {unconverged} |
+| Evaluations in the last epoch | {log_evaluations} |
+| Last training loss, accuracy | {train_loss}, {train_top1} % |
+| Seed, code | {seed}, commit {commit} |
+| Hardware, time | {hardware}, {hours} hours |
+
+## Limits
+
+For research on implicit models and tests of solvers. It knows {inputs}, and gives a confident and meaningless answer to
+anything else. Robustness to perturbations and shifts of the data was not measured.
+
+## Citation
+
+```bibtex
+{citation}
+```
+"""
+
+
+def _evaluation(variant: Variant, row: dict[str, str], repository: str, tag: str) -> list[EvalResult]:
+    shared: dict[str, Any] = {
+        "task_type": "image-classification",
+        "task_name": "Image Classification",
+        "dataset_type": variant.dataset.hub_id,
+        "dataset_name": variant.dataset.title,
+        "dataset_config": variant.dataset.hub_config,
+        "dataset_split": "test",
+        "source_name": f"pcdeq_zoo {__version__}, results.csv",
+        "source_url": f"https://huggingface.co/{repository}/blob/{tag}/results.csv",
+    }
+    accuracy = f"Top-1 (float32, certified solves, n={row['n']})"
+    return [
+        EvalResult(
+            metric_type="accuracy", metric_value=round(float(row["top1"]) / 100, 6), metric_name=accuracy, **shared
+        ),
+        EvalResult(metric_type="loss", metric_value=float(row["nll"]), metric_name="Cross-entropy, nats", **shared),
+    ]
+
+
+def model_card(checkpoint: str, repository: str, tag: str) -> ModelCard:
+    """Card of a "model.tag" that ships, for a Hub repository and its tag; the same text for the same package."""
+    row = results()[checkpoint]
+    name = checkpoint.split(".")[0]
+    variant = VARIANTS[name]
+    dataset, recipe = variant.dataset, variant.recipe
+    log = [json.loads(line) for line in (CHECKPOINTS / f"{checkpoint}.jsonl").read_text("utf-8").splitlines()]
+    unconverged = sum(line["unconverged"] for line in log)
+    metadata = ModelCardData(
+        license="apache-2.0",
+        library_name="timm",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "timm", "pcdeq", "deep-equilibrium-models"],
+        datasets=[dataset.hub_id],
+        metrics=["accuracy"],
+        model_name=checkpoint,
+        eval_results=_evaluation(variant, row, repository, tag),
+    )
+    body = _BODY.format(
+        checkpoint=checkpoint,
+        name=name,
+        repository=f"{repository}@{tag}",
+        paper_name=variant.paper_name,
+        data=dataset.title,
+        n=f"{int(row['n']):,}",
+        top1=float(row["top1"]),
+        top5=float(row["top5"]),
+        nll=row["nll"],
+        paper_top1=row["paper_top1"],
+        seed=row["seed"],
+        structure=_STRUCTURES[variant.structure].format(", ".join(map(str, variant.channels))),
+        activation=variant.activation,
+        kind=name[len("pcdeq")],
+        parameters=variant.parameters,
+        bytes=int(row["bytes"]),
+        inputs=_INPUTS[dataset.name],
+        classes=", ".join(dataset.classes),
+        features=", ".join(
+            map(str, variant.channels[:1] + (() if variant.structure == "l" else dataset.input_size[1:]))
+        ),
+        tol=float(row["tol"]),
+        bound_max=row["bound_max"],
+        evals=row["evals_layers"].replace("/", ", "),
+        evals_max=row["evals_max"],
+        plural="s, in their order" if variant.structure == "mc" else "",
+        train_size=dataset.sizes["train"],
+        terms=dataset.terms,
+        augmentation=", random crops and horizontal flips" if recipe.augmentation else ", no augmentation",
+        lr=recipe.lr,
+        factor=recipe.lr_decay_factor,
+        decay_epoch=recipe.lr_decay_epoch,
+        epochs=row["epochs"],
+        decay=recipe.weight_decay,
+        batch_size=recipe.batch_size,
+        unconverged=f"{unconverged:,} did not get there" if unconverged else "all got there",
+        log_evaluations=", ".join(f"{key.removeprefix('features.')} {n}" for key, n in log[-1]["evaluations"].items()),
+        train_loss=log[-1]["train_loss"],
+        train_top1=log[-1]["train_top1"],
+        commit=row["commit"],
+        hardware=row["hardware"],
+        hours=row["hours"],
+        citation=_CITATION,
+    )
+    return ModelCard(f"---\n{metadata.to_yaml()}\n---\n{body}", ignore_metadata_errors=False)

@@ -1,0 +1,160 @@
+"""Publish the checkpoints of this package on the Hugging Face Hub.
+
+    python -m pcdeq_zoo.publish --namespace NAMESPACE [--only GLOB] [--tag TAG] [--dry-run]
+
+One repository per checkpoint, NAMESPACE/MODEL.TAG: the safetensors file byte by byte, timm's config.json, a model card,
+the results row and the training log. What the Hub then holds is compared with the package's sha256, and tagged.
+Publishing again changes nothing; an interrupted run is completed by running it again. The token is that of
+`hf auth login`, or HF_TOKEN.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import fnmatch
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import timm
+from huggingface_hub import HfApi, RepoFile
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
+from huggingface_hub.utils import disable_progress_bars
+from timm.models._hub import save_config_for_hf
+from tqdm import tqdm
+
+import pcdeq_zoo
+from pcdeq_zoo.cards import model_card
+from pcdeq_zoo.weights import CHECKPOINTS, RESULT_COLUMNS, WeightsError, hub_digest, results, sha256
+
+__all__ = ["PublishError", "main", "publish", "write_folder"]
+
+
+class PublishError(RuntimeError):
+    """A checkpoint that could not be published; the message says why, and what to do."""
+
+
+def write_folder(checkpoint: str, repository: str, tag: str, folder: Path) -> None:
+    """Write what the Hub repository of a "model.tag" holds at `tag` into an empty folder.
+
+    Raises:
+        PublishError: The packaged file is not the one that its results row was measured on.
+    """
+    row = results()[checkpoint]
+    weights = CHECKPOINTS / f"{checkpoint}.safetensors"
+    if not weights.is_file() or sha256(weights) != row["sha256"]:
+        raise PublishError(f"{weights} is missing or not the file of its results row; install pcdeq_zoo again")
+    shutil.copyfile(weights, folder / "model.safetensors")
+    shutil.copyfile(CHECKPOINTS / f"{checkpoint}.jsonl", folder / "log.jsonl")
+    with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, RESULT_COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerow(row)
+    save_config_for_hf(timm.create_model(checkpoint), str(folder / "config.json"))
+    model_card(checkpoint, repository, tag).save(folder / "README.md")
+
+
+def _same(api: HfApi, repository: str, revision: str, folder: Path) -> bool:
+    """Whether the Hub holds the files of `folder` at a revision, by the digests that it states."""
+    held = {
+        file.path: file.lfs.sha256 if file.lfs else file.blob_id
+        for file in api.list_repo_tree(repository, recursive=True, revision=revision)
+        if isinstance(file, RepoFile)
+    }
+    return all(
+        path.name in held and hub_digest(path.read_bytes(), held[path.name]) == held[path.name]
+        for path in folder.iterdir()
+    )
+
+
+def _publish_folder(api: HfApi, folder: Path, repository: str, tag: str) -> str:
+    """Bring a repository to the state of `folder` and tag it; says what was done."""
+    try:
+        tags = [ref.name for ref in api.list_repo_refs(repository).tags]
+    except RepositoryNotFoundError:
+        tags = []
+    if tag in tags:
+        if _same(api, repository, tag, folder):
+            return "is published already"
+        raise PublishError(
+            f"{repository}: the tag {tag} is taken by other files; choose another with --tag, or delete it on the Hub"
+        )
+    api.create_repo(repository, exist_ok=True)
+    held = set(api.list_repo_files(repository)) - {".gitattributes"}
+    if held and not {"config.json", "results.csv"} <= held:
+        raise PublishError(
+            f"{repository}: the name is taken by a repository that is not of pcdeq_zoo, with {', '.join(sorted(held))}"
+            "; publish to another --namespace, or delete it on the Hub"
+        )
+    message = f"pcdeq_zoo {pcdeq_zoo.__version__}"
+    try:
+        commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
+    except RuntimeError as error:  # huggingface_hub's, around what happened while it sent a large file
+        raise PublishError(f"{repository}: {error} {error.__cause__}; run the same command again to go on") from error
+    if not _same(api, repository, commit.oid, folder):
+        raise PublishError(f"{repository}: the Hub holds other bytes than were sent, and nothing was tagged; try again")
+    api.create_tag(repository, tag=tag, revision=commit.oid)
+    return f"published, and tagged {tag}"
+
+
+def publish(namespace: str, only: str = "*", tag: str = f"v{pcdeq_zoo.__version__}", dry_run: bool = False) -> None:
+    """Publish every checkpoint whose "model.tag" matches the pattern `only`; prints a line for each.
+
+    Args:
+        namespace: User or organisation on the Hub.
+        only: Shell pattern.
+        tag: Name of the revision, which `hf-hub:NAMESPACE/MODEL.TAG@tag` loads.
+        dry_run: Only write the folders to a temporary place and say what they hold; needs no network.
+
+    Raises:
+        PublishError: Nothing matches, no token, no right to write, a name or tag that is taken, or damaged files.
+        HTTPError, OSError: The Hub refused a request, or could not be reached.
+    """
+    chosen = fnmatch.filter(results(), only)
+    if not chosen:
+        raise PublishError(f"no checkpoint matches {only!r}; there are {', '.join(results()) or 'none'}")
+    api = HfApi(library_name="pcdeq_zoo", library_version=pcdeq_zoo.__version__)
+    if not dry_run:
+        try:
+            user = api.whoami()
+        except LocalTokenNotFoundError as error:
+            raise PublishError("no token; log in with `hf auth login`, or set HF_TOKEN") from error
+        if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+            raise PublishError(f"the token of {user['name']} is read-only; make one that may write")
+        disable_progress_bars()  # one bar is enough
+    for checkpoint in tqdm(chosen, desc="publish", unit="model", disable=dry_run):
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            repository = f"{namespace}/{checkpoint}"
+            write_folder(checkpoint, repository, tag, folder)
+            if dry_run:
+                print(f"{repository}, tag {tag}:")
+                for path in sorted(folder.iterdir()):
+                    print(f"  {path.name:18} {path.stat().st_size:>9,} bytes  sha256 {sha256(path)}")
+            else:
+                done = _publish_folder(api, folder, repository, tag)
+                tqdm.write(f"{repository}: {done}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="pcdeq-zoo-publish", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--namespace", required=True, help="user or organisation on the Hub")
+    parser.add_argument("--only", default="*", metavar="GLOB", help="checkpoints, e.g. 'pcdeq1_mc_*' (default: all)")
+    parser.add_argument("--tag", default=f"v{pcdeq_zoo.__version__}", help="default: %(default)s")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be published, without the network")
+    args = parser.parse_args()
+    try:
+        publish(args.namespace, args.only, args.tag, args.dry_run)
+    except (PublishError, WeightsError) as error:
+        sys.exit(f"error: {error}")
+    except (HTTPError, OSError) as error:
+        what = "the Hub refused" if isinstance(error, HfHubHTTPError) else "the Hub cannot be reached"
+        sys.exit(f"error: {what}: {' '.join(str(error).split()).rstrip('.')}; run the same command again to go on")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,535 @@
+"""Publishing to the Hugging Face Hub and loading from it, and torch.hub: real processes, real HTTP, the real clients.
+
+The Hub is tests/hub_server.py on loopback. HF_ENDPOINT is read when huggingface_hub is imported, so everything that
+talks to it runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from safetensors.torch import save_file
+
+from pcdeq_zoo import DATASETS, VARIANTS, __version__
+from pcdeq_zoo.cards import model_card
+from pcdeq_zoo.data import load, normalize
+from pcdeq_zoo.weights import NAMESPACE, hub_digest, hub_id, results, sha256
+
+ROOT = Path(__file__).parents[1]
+NAME = "pcdeq1_l_tanh_mnist"
+CHECKPOINT = f"{NAME}.paper"
+TAG = f"v{__version__}"
+
+# One warning of huggingface_hub's own use of its HTTP client is none of ours.
+PYTHON = (sys.executable, "-W", "error", "-W", "ignore:Use 'content=<...>' to upload")
+
+# What every script starts with.
+PRELUDE = """
+import json, sys
+import timm, torch
+import pcdeq_zoo
+
+def logits(model, **kwargs):
+    images = torch.load(sys.argv[1], weights_only=True)
+    model = timm.create_model(model, pretrained=True, **kwargs).eval()
+    with torch.inference_mode():
+        return model(images[model.pretrained_cfg["architecture"].split("_")[3]]).tolist()
+
+def error(model, **kwargs):
+    try:
+        timm.create_model(model, pretrained=True, **kwargs)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+"""
+
+
+class Hub:
+    """The server, and commands that talk to it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.state = folder / "state"
+        self.start()
+
+    def __enter__(self) -> Hub:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self, *options: str) -> None:
+        command = [sys.executable, str(ROOT / "tests" / "hub_server.py"), str(self.state), *options]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self.address = self.process.stdout.readline().strip()
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
+
+    def environment(self, home: str = "home", **variables: str) -> dict[str, str]:
+        ours = {
+            "HF_ENDPOINT": self.address,
+            "HF_HOME": str(self.folder / home),
+            "HF_TOKEN": "hf_write",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DOWNLOAD_TIMEOUT": "5",
+        }
+        removed = ("HF_HUB_OFFLINE", "PCDEQ_ZOO_WEIGHTS")
+        rest = {key: value for key, value in os.environ.items() if key not in removed}
+        return {key: value for key, value in (rest | ours | variables).items() if value}
+
+    def run(self, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, env=self.environment(**variables), capture_output=True, text=True, timeout=300)
+
+    def python(self, script: str, *arguments: str, **variables: str) -> Any:
+        """Run a script that ends with `print(json.dumps(...))`; what it printed."""
+        done = self.run(*PYTHON, "-c", PRELUDE + script, *arguments, **variables)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    def publish(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        return self.run(*PYTHON, "-m", "pcdeq_zoo.publish", *arguments, **variables)
+
+    def repository(self, name: str) -> dict[str, Any]:
+        return json.loads((self.state / "models" / f"{name}.json").read_bytes())
+
+    def files(self, name: str, tag: str = TAG) -> dict[str, Any]:
+        repository = self.repository(name)
+        return repository["commits"][repository["tags"][tag]]["files"]
+
+    def blob(self, name: str, file: str) -> Path:
+        return self.state / "blobs" / self.files(name)[file]["sha256"]
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory) -> Iterator[Hub]:
+    """A Hub on which every checkpoint of the package is published."""
+    with Hub(tmp_path_factory.mktemp("hub")) as hub:
+        done = hub.publish("--namespace", NAMESPACE)
+        assert done.returncode == 0, done.stderr
+        yield hub
+
+
+@pytest.fixture
+def empty_hub(tmp_path) -> Iterator[Hub]:
+    with Hub(tmp_path) as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """File with 8 inputs for the models of each data set."""
+    torch.manual_seed(0)
+    shown, _ = load(DATASETS["mnist"], "test", "sample")
+    batches = {name: torch.rand(8, *dataset.input_size) for name, dataset in DATASETS.items()}
+    batches["mnist"] = normalize(shown[:8], DATASETS["mnist"])
+    path = tmp_path_factory.mktemp("images") / "images.pt"
+    torch.save(batches, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def packaged(images: Path) -> dict[str, torch.Tensor]:
+    """Logits of the packaged checkpoints."""
+    batches = torch.load(images, weights_only=True)
+    with torch.inference_mode():
+        return {
+            name: timm.create_model(name, pretrained=True).eval()(batches[VARIANTS[name.split(".")[0]].dataset.name])
+            for name in results()
+        }
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+class TestPublish:
+    def test_the_hub_holds_the_packaged_files(self, hub: Hub):
+        for checkpoint, row in results().items():
+            files = hub.files(f"{NAMESPACE}/{checkpoint}")
+            assert set(files) == {"README.md", "config.json", "log.jsonl", "model.safetensors", "results.csv"}
+            assert files["model.safetensors"]["lfs"]
+            assert files["model.safetensors"]["sha256"] == row["sha256"]
+            assert files["model.safetensors"]["size"] == int(row["bytes"])
+            config = json.loads(hub.blob(f"{NAMESPACE}/{checkpoint}", "config.json").read_text())
+            assert config["architecture"] == checkpoint.split(".")[0]
+            assert str(ROOT) not in json.dumps(config)
+
+    def test_again_changes_nothing(self, hub: Hub):
+        before = {path: path.read_bytes() for path in hub.state.rglob("*") if path.is_file()}
+        done = hub.publish("--namespace", NAMESPACE)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("is published already") == len(results())
+        assert {path: path.read_bytes() for path in hub.state.rglob("*") if path.is_file()} == before
+
+    def test_a_new_tag_of_the_same_files(self, hub: Hub):
+        done = hub.publish("--namespace", "alice", "--only", CHECKPOINT)
+        assert done.returncode == 0, done.stderr
+        done = hub.publish("--namespace", "alice", "--only", CHECKPOINT, "--tag", "v2")
+        assert done.returncode == 0, done.stderr
+        assert "published, and tagged v2" in done.stdout
+        card = hub.blob(f"alice/{CHECKPOINT}", "README.md").read_text()
+        assert f"hf-hub:alice/{CHECKPOINT}@{TAG}" in card
+        assert len(hub.repository(f"alice/{CHECKPOINT}")["tags"]) == 2
+
+    def test_tag_of_other_files(self, empty_hub: Hub):
+        assert empty_hub.publish("--namespace", "alice", "--only", CHECKPOINT).returncode == 0
+        path = empty_hub.state / "models" / "alice" / f"{CHECKPOINT}.json"
+        path.write_text(path.read_text().replace(results()[CHECKPOINT]["sha256"], "0" * 64))
+        done = empty_hub.publish("--namespace", "alice", "--only", CHECKPOINT)
+        assert done.returncode == 1
+        assert f"alice/{CHECKPOINT}: the tag {TAG} is taken by other files" in done.stderr
+
+    def test_killed_server_and_resumed(self, empty_hub: Hub):
+        empty_hub.stop()
+        empty_hub.start("--die-at-upload", "2")
+        port = empty_hub.address.rpartition(":")[2]
+        done = empty_hub.publish("--namespace", NAMESPACE)
+        assert done.returncode == 1
+        assert f"{NAMESPACE}/{list(results())[1]}: Error while uploading 'model.safetensors'" in done.stderr
+        assert "Traceback" not in done.stderr
+        first, second, *rest = results()
+        assert TAG in empty_hub.repository(f"{NAMESPACE}/{first}")["tags"]
+        assert not empty_hub.repository(f"{NAMESPACE}/{second}")["tags"]
+        empty_hub.stop()
+        empty_hub.start("--port", port)
+        done = empty_hub.publish("--namespace", NAMESPACE)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("is published already") == 1
+        for checkpoint in (first, second, *rest):
+            files = empty_hub.files(f"{NAMESPACE}/{checkpoint}")
+            assert files["model.safetensors"]["sha256"] == results()[checkpoint]["sha256"]
+
+    def test_refusals(self, empty_hub: Hub):
+        """One line that says what is wrong, as the exit of the command."""
+        script = f"""
+import os
+from pcdeq_zoo.publish import main
+def refused(token, *arguments):
+    os.environ["HF_TOKEN"] = token
+    sys.argv[1:] = arguments
+    try:
+        main()
+    except SystemExit as stop:
+        return stop.code
+one = ("--namespace", "alice", "--only", "{CHECKPOINT}")
+found = [refused(token, *one) for token in ("", "hf_wrong", "hf_read")]
+found.append(refused("hf_write", "--namespace", "stranger", "--only", "{CHECKPOINT}"))
+found.append(refused("hf_write", "--namespace", "alice", "--only", "resnet*"))
+print(json.dumps(found))
+"""
+        none, wrong, read, stranger, pattern = empty_hub.python(script)
+        assert none == "error: no token; log in with `hf auth login`, or set HF_TOKEN"
+        assert wrong.startswith("error: the Hub refused: Invalid user token")
+        assert read == "error: the token of alice is read-only; make one that may write"
+        assert stranger.startswith("error: the Hub refused: ")
+        assert "You don't have the rights to write to stranger/" in stranger
+        assert pattern.startswith("error: no checkpoint matches 'resnet*'; there are pcdeq")
+        assert not (empty_hub.state / "models").exists()
+
+    def test_no_network(self, empty_hub: Hub):
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))  # and does not listen
+            address = f"http://127.0.0.1:{unused.getsockname()[1]}"
+            done = empty_hub.publish("--namespace", "alice", "--only", CHECKPOINT, HF_ENDPOINT=address)
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: the Hub cannot be reached: ")
+
+    def test_name_taken(self, empty_hub: Hub):
+        empty_hub.python(
+            f"""
+from huggingface_hub import HfApi
+HfApi().create_repo("alice/{CHECKPOINT}")
+HfApi().upload_file(path_or_fileobj=b"a poem", path_in_repo="poem.txt", repo_id="alice/{CHECKPOINT}")
+print(1)
+"""
+        )
+        done = empty_hub.publish("--namespace", "alice", "--only", CHECKPOINT)
+        assert done.returncode == 1
+        assert "the name is taken by a repository that is not of pcdeq_zoo, with poem.txt" in done.stderr
+
+    def test_dry_run_needs_no_network(self, tmp_path):
+        command = [sys.executable, "-m", "pcdeq_zoo.publish", "--namespace", "anyone", "--dry-run"]
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+        done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+        for checkpoint, row in results().items():
+            assert f"anyone/{checkpoint}, tag {TAG}:" in done.stdout
+            assert row["sha256"] in done.stdout
+
+    def test_the_hf_command_downloads_it(self, hub: Hub, tmp_path):
+        hf = str(Path(sys.executable).with_name("hf"))
+        assert "alice" in hub.run(hf, "auth", "whoami").stdout
+        repository, _, revision = hub_id(CHECKPOINT).partition("@")
+        folder = tmp_path / "folder"
+        done = hub.run(hf, "download", repository, "--revision", revision, "--local-dir", str(folder))
+        assert done.returncode == 0, done.stderr
+        assert sha256(folder / "model.safetensors") == results()[CHECKPOINT]["sha256"]
+
+
+class TestLoad:
+    def test_by_prefix(self, hub: Hub, images: Path, packaged: dict[str, torch.Tensor]):
+        """At the branch, the tag and the commit; then offline, from the cache."""
+        script = f"""
+names = {list(results())}
+found = {{name: logits(f"hf-hub:{NAMESPACE}/{{name}}") for name in names}}
+found["tag"] = logits("hf-hub:{hub_id(CHECKPOINT)}")
+found["commit"] = logits("hf-hub:{NAMESPACE}/{CHECKPOINT}@" + sys.argv[2])
+print(json.dumps(found))
+"""
+        commit = hub.repository(f"{NAMESPACE}/{CHECKPOINT}")["tags"][TAG]
+        for offline in ("", "1"):
+            found = hub.python(script, str(images), commit, home="prefix", HF_HUB_OFFLINE=offline)
+            for name in results():
+                assert torch.equal(torch.tensor(found[name]), packaged[name])
+            assert found["tag"] == found["commit"] == found[CHECKPOINT]
+
+    def test_by_environment(self, hub: Hub, images: Path, packaged: dict[str, torch.Tensor]):
+        script = f"""
+names = {list(results())}
+found = {{name: logits(name) for name in names}}
+model = timm.create_model("{NAME}", pretrained=True, num_classes=3, in_chans=3)
+found["adapted"] = list(model(torch.rand(2, 3, 28, 28)).shape)
+found["file"] = model.pretrained_cfg["file"]
+print(json.dumps(found))
+"""
+        found = hub.python(script, str(images), home="environment", PCDEQ_ZOO_WEIGHTS="hub")
+        for name in results():
+            assert torch.equal(torch.tensor(found[name]), packaged[name])
+        assert found["adapted"] == [2, 3]
+        assert Path(found["file"]).is_relative_to(hub.folder / "environment")
+
+    def test_adapted_by_prefix_and_without_a_packaged_file(self, hub: Hub, images: Path, packaged):
+        script = f"""
+model = timm.create_model("hf-hub:{hub_id(CHECKPOINT)}", pretrained=True, num_classes=3, in_chans=3)
+shape = list(model(torch.rand(2, 3, 28, 28)).shape)
+print(json.dumps([shape, logits("{NAME}", pretrained_cfg_overlay=dict(file=None))]))
+"""
+        shape, found = hub.python(script, str(images), home="adapted")
+        assert shape == [2, 3]
+        assert torch.equal(torch.tensor(found), packaged[CHECKPOINT])
+
+    def test_corrupt_cache(self, hub: Hub):
+        """A flipped bit and a cut file; when the file is gone, it is downloaded again."""
+        digest = results()[CHECKPOINT]["sha256"]
+        script = f"""
+from pathlib import Path
+def both():
+    return [error("hf-hub:{hub_id(CHECKPOINT)}"), error("{NAME}", pretrained_cfg_overlay=dict(file=None))]
+found = [both()]
+(blob,) = Path(sys.argv[1]).rglob("{digest}")
+content = bytearray(blob.read_bytes())
+content[len(content) // 2] ^= 1
+blob.write_bytes(content)
+found.append(both())
+blob.write_bytes(content[:1000])
+found.append(both())
+blob.unlink()
+found.append(both())
+print(json.dumps([str(blob), found]))
+"""
+        blob, (before, flipped, cut, after) = hub.python(script, str(hub.folder / "damaged"), home="damaged")
+        assert before == after == [None, None]
+        got = rf"got {results()[CHECKPOINT]['bytes']} bytes with digest [0-9a-f]{{64}}"
+        for message in flipped:
+            assert re.fullmatch(
+                rf"WeightsError: weights of {CHECKPOINT}: {blob}: {got}, wanted {digest}; "
+                "delete this file to download it again",
+                message,
+            )
+        for message in cut:
+            assert f"{blob}: got 1000 bytes with digest" in message
+
+    def test_cache_without_links(self, hub: Hub, images: Path):
+        script = f'print(json.dumps(error("hf-hub:{hub_id(CHECKPOINT)}")))'
+        settings = {"home": "copies", "HF_HUB_DISABLE_SYMLINKS": "1"}
+        assert hub.python(script, **settings) is None
+        (file,) = (hub.folder / "copies").rglob("model.safetensors")
+        assert not file.is_symlink()
+        flip_a_bit(file)
+        assert f"wanted {results()[CHECKPOINT]['sha256']}; delete this file" in hub.python(script, **settings)
+
+    def test_damaged_download(self, empty_hub: Hub):
+        """The server sends a flipped bit, and then less than it promised."""
+        assert empty_hub.publish("--namespace", NAMESPACE, "--only", CHECKPOINT).returncode == 0
+        blob = empty_hub.blob(f"{NAMESPACE}/{CHECKPOINT}", "model.safetensors")
+        flip_a_bit(blob)
+        script = f"""
+from pathlib import Path
+blob = Path(sys.argv[1])
+found = [error("hf-hub:{hub_id(CHECKPOINT)}", cache_dir=sys.argv[2] + "/flipped")]
+blob.write_bytes(blob.read_bytes()[:1000])
+found.append(error("hf-hub:{hub_id(CHECKPOINT)}", cache_dir=sys.argv[2] + "/cut"))
+print(json.dumps(found))
+"""
+        flipped, cut = empty_hub.python(script, str(blob), str(empty_hub.folder))
+        assert "delete this file to download it again" in flipped
+        assert cut.startswith(f"WeightsError: weights of {CHECKPOINT}: no model.safetensors from the Hub repository")
+
+    def test_other_weights_under_our_name(self, empty_hub: Hub, tmp_path):
+        """By the environment only the very files of this version load."""
+        assert empty_hub.publish("--namespace", NAMESPACE, "--only", CHECKPOINT).returncode == 0
+        model = timm.create_model(NAME)
+        save_file(model.state_dict(), tmp_path / "other.safetensors")
+        content = (tmp_path / "other.safetensors").read_bytes()
+        digest = hub_digest(content, "")
+        (empty_hub.state / "blobs" / digest).write_bytes(content)
+        path = empty_hub.state / "models" / NAMESPACE / f"{CHECKPOINT}.json"
+        state = json.loads(path.read_text())
+        for commit in state["commits"].values():
+            if commit["files"]:
+                commit["files"]["model.safetensors"] |= {"sha256": digest, "size": len(content)}
+        path.write_text(json.dumps(state))
+        script = f'print(json.dumps([error("{NAME}"), error("hf-hub:{hub_id(CHECKPOINT)}")]))'
+        by_environment, by_prefix = empty_hub.python(script, PCDEQ_ZOO_WEIGHTS="hub")
+        assert "the Hub holds other weights than this version of pcdeq_zoo" in by_environment
+        assert by_prefix is None
+
+    def test_nothing_there(self, hub: Hub):
+        script = f"""
+from huggingface_hub import HfApi
+HfApi().create_repo("alice/no_weights", exist_ok=True)
+config = json.dumps({{"architecture": "{NAME}", "pretrained_cfg": {{"input_size": [1, 28, 28]}}}}).encode()
+HfApi().upload_file(path_or_fileobj=config, path_in_repo="config.json", repo_id="alice/no_weights")
+names = "hf-hub:alice/nothing", "hf-hub:alice/no_weights", "hf-hub:{NAMESPACE}/{CHECKPOINT}@v9"
+overlays = [dict(file=None, hf_hub_id=name) for name in ("alice/nothing", "alice/no_weights", "not a name")]
+found = [error(name) for name in names] + [error("{NAME}", pretrained_cfg_overlay=overlay) for overlay in overlays]
+print(json.dumps(found))
+"""
+        found = hub.python(script)
+        wanted = [
+            r"RepositoryNotFoundError: .*alice/nothing",
+            r"WeightsError: .*no model.safetensors from the Hub repository alice/no_weights: 404",
+            r"RevisionNotFoundError: .*v9",
+            r"WeightsError: .*no model.safetensors from the Hub repository alice/nothing: 404",
+            r"WeightsError: .*no model.safetensors from the Hub repository alice/no_weights: 404",
+            r"WeightsError: .*no model.safetensors from the Hub repository not a name: Repo id must",
+        ]
+        for message, pattern in zip(found, wanted, strict=True):
+            assert re.match(pattern, message, re.S), message
+
+    def test_unreachable_or_unknown_source(self, hub: Hub):
+        script = f'print(json.dumps(error("{NAME}")))'
+        offline = hub.python(script, home="nowhere", PCDEQ_ZOO_WEIGHTS="hub", HF_HUB_OFFLINE="1")
+        assert offline.startswith(f"WeightsError: weights of {CHECKPOINT}: no model.safetensors from the Hub")
+        assert hub.python(script, PCDEQ_ZOO_WEIGHTS="Hub") == (
+            "WeightsError: PCDEQ_ZOO_WEIGHTS must be package or hub, got 'Hub'"
+        )
+
+
+def test_a_users_net_comes_back_as_it_was(hub: Hub):
+    """Fine-tuned with a head of its own, pushed by timm, loaded by the prefix; and a W below 0 is refused."""
+    script = f"""
+import copy
+from timm.models import push_to_hf_hub
+torch.manual_seed(0)
+model = timm.create_model("{NAME}", pretrained=True, num_classes=4, tol=1e-4)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+x, y = torch.rand(16, 1, 28, 28), torch.arange(16) % 4
+for _ in range(3):
+    optimizer.zero_grad()
+    torch.nn.functional.cross_entropy(model(x), y).backward()
+    optimizer.step()
+with torch.no_grad():
+    model.features.deq1.weight_v[0, 0] = -1.0  # as a last step may leave it; what is pushed is projected
+push_to_hf_hub(model, "alice/mine", safe_serialization=True)
+loaded = timm.create_model("hf-hub:alice/mine", pretrained=True)
+same = all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True))
+same_logits = torch.equal(model.eval()(x), loaded.eval()(x))
+
+from huggingface_hub import HfApi
+from safetensors.torch import save
+state = model.state_dict()
+state["features.deq1.weight_v"] = state["features.deq1.weight_v"].clone()
+state["features.deq1.weight_v"][0, 0] = -1.0
+HfApi().upload_file(path_or_fileobj=save(state), path_in_repo="model.safetensors", repo_id="alice/mine")
+refused = error("hf-hub:alice/mine")
+print(json.dumps([same, same_logits, loaded.num_classes, loaded.solver.tol, refused]))
+"""
+    same, same_logits, classes, tol, refused = hub.python(script, home="mine")
+    assert same
+    assert same_logits
+    assert classes == 4
+    assert tol == 1e-4
+    assert "1 entries of features.deq1.weight_v are below 0" in refused
+
+
+class TestCards:
+    @pytest.mark.parametrize("checkpoint", list(results()))
+    def test_card_says_what_was_measured(self, checkpoint: str):
+        row, variant = results()[checkpoint], VARIANTS[checkpoint.split(".")[0]]
+        card = model_card(checkpoint, f"alice/{checkpoint}", "v7")
+        accuracy, loss = card.data.eval_results
+        assert accuracy.metric_value == pytest.approx(float(row["top1"]) / 100)
+        assert loss.metric_value == float(row["nll"])
+        assert accuracy.dataset_type == variant.dataset.hub_id
+        assert "verif" not in card.content
+        for text in (f"| {float(row['top1']):.2f} | {row['paper_top1']} |", f"{variant.parameters:,}"):
+            assert text in card.content
+        for text in (f"alice/{checkpoint}@v7", variant.dataset.terms, row["commit"], row["hardware"], row["evals_max"]):
+            assert text in card.content
+
+    def test_card_on_the_hub_parses(self, hub: Hub):
+        card = ModelCard(hub.blob(f"{NAMESPACE}/{CHECKPOINT}", "README.md").read_text(encoding="utf-8"))
+        assert card.data.library_name == "timm"
+        assert card.data.eval_results[0].metric_value == float(results()[CHECKPOINT]["top1"]) / 100
+
+    def test_collection_card(self):
+        text = (ROOT / "MODEL_CARD.md").read_text(encoding="utf-8")
+        metadata = yaml.safe_load(text.split("---")[1])
+        trained = {VARIANTS[name.split(".")[0]].dataset.hub_id for name in results()}
+        assert set(metadata["datasets"]) == trained
+
+
+def test_torch_hub_from_github(tmp_path, images: Path, packaged):
+    """A zip archive as GitHub makes it, through the real download, trust list and import; no other packages needed."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("needs a git checkout, whose files make the archive")
+    with zipfile.ZipFile(tmp_path / "archive.zip", "w") as archive:
+        archive.writestr("OWNER-pcdeq-zoo-0123456/", "")  # as in GitHub's, the first entry is the folder
+        for name in filter(None, listed.stdout.split("\0")):
+            if name.startswith(("pcdeq_zoo/", "hubconf.py")) and (ROOT / name).is_file():
+                archive.write(ROOT / name, f"OWNER-pcdeq-zoo-0123456/{name}")
+    script = f"""
+import sys
+for name in ("accelerate", "pyarrow", "pytest", "onnx", "onnxruntime", "datasets"):
+    sys.modules[name] = None  # to import it raises
+import json, torch
+torch.hub._git_archive_link = lambda *args: {(tmp_path / "archive.zip").as_uri()!r}
+settings = dict(trust_repo=True, skip_validation=True)
+model = torch.hub.load("OWNER/pcdeq-zoo:v1", "{NAME}", pretrained=True, **settings).eval()
+import pcdeq_zoo
+with torch.inference_mode():
+    found = model(torch.load(sys.argv[1], weights_only=True)["mnist"]).tolist()
+names = torch.hub.list("OWNER/pcdeq-zoo:v1", **settings)
+text = torch.hub.help("OWNER/pcdeq-zoo:v1", "{NAME}", **settings)
+print(json.dumps([pcdeq_zoo.__file__, found, names, text]))
+"""
+    environment = os.environ | {"TORCH_HOME": str(tmp_path / "torch"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(images)], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    file, found, names, text = json.loads(done.stdout.splitlines()[-1])
+    assert Path(file).is_relative_to(tmp_path / "torch")
+    assert torch.equal(torch.tensor(found), packaged[CHECKPOINT])
+    assert sorted(names) == sorted(VARIANTS)
+    assert "70,410 parameters" in text

@@ -352,7 +352,22 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
 
     Names of the authors' code are translated: `conv1`, `linear1`, `downsample1`, `bn1`, `block1.deq.f.W.weight_v`, …
     """
+    for name, tensor in state_dict.items():
+        if not isinstance(tensor, Tensor):
+            raise WeightsError(
+                f"these weights are not of this model: {name} is a {type(tensor).__name__}, not a tensor"
+            )
+        if not bool(tensor.isfinite().all()):
+            raise WeightsError(f"these weights are damaged: {name} holds NaN or infinity")
     state_dict = {_translate(name): tensor for name, tensor in state_dict.items()}
+    config: Any = getattr(model, "pretrained_cfg", {})
+    classes, classifier = config.get("num_classes"), state_dict.get("head.fc.weight")
+    if classes and classifier is not None and len(classifier) != classes:
+        # timm would drop a classifier that is not of as many classes as the config says, and leave a random one.
+        raise WeightsError(
+            f"these weights have {len(classifier)} classes, and their config says {classes}; for a file of your own "
+            f"say pretrained_cfg_overlay=dict(file=..., num_classes={len(classifier)})"
+        )
     for name, wanted in model.state_dict().items():
         if name.startswith("head."):
             continue
@@ -369,8 +384,6 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
                 f"these weights are not of this model: {name} is {tuple(found.shape)}, wanted {tuple(wanted.shape)}"
             )
     for name, tensor in state_dict.items():
-        if not bool(tensor.isfinite().all()):
-            raise WeightsError(f"these weights are damaged: {name} holds NaN or infinity")
         if name.endswith((".weight_v", ".weight_g")) and bool((tensor < 0).any()):
             raise WeightsError(
                 f"these weights are not of a pcDEQ: {int((tensor < 0).sum())} entries of {name} are below 0; what "
@@ -437,8 +450,9 @@ def _create_pcdeq(variant: Variant, pretrained: bool = False, **kwargs: Any) -> 
         overlay = kwargs.get("pretrained_cfg_overlay")
         cfg = resolve_pretrained_cfg(variant.name, kwargs.get("pretrained_cfg"), overlay)
         if file := local_file(cfg, kwargs.get("cache_dir")):
-            # timm then loads this file, which was verified, from whatever source it came.
-            kwargs["pretrained_cfg_overlay"] = {**(overlay or {}), "file": str(file), "source": None}
+            # timm then loads this file, which was verified, wherever it came from, and nothing else.
+            verified = {"file": str(file), "source": None, "state_dict": None, "custom_load": False}
+            kwargs["pretrained_cfg_overlay"] = {**(overlay or {}), **verified}
     sizes = {"structure": variant.structure, "activation": variant.activation, "channels": variant.channels}
     return build_model_with_cfg(
         PcDEQ,

@@ -13,15 +13,23 @@ from __future__ import annotations
 import argparse
 import csv
 import fnmatch
+import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import timm
 from huggingface_hub import HfApi, RepoFile
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
-from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 from timm.models._hub import save_config_for_hf
 from tqdm import tqdm
 
@@ -56,16 +64,15 @@ def write_folder(checkpoint: str, repository: str, tag: str, folder: Path) -> No
     model_card(checkpoint, repository, tag).save(folder / "README.md")
 
 
-def _same(api: HfApi, repository: str, revision: str, folder: Path) -> bool:
-    """Whether the Hub holds the files of `folder` at a revision, by the digests that it states."""
+def _same(api: HfApi, repository: str, revision: str, files: Iterable[Path]) -> bool:
+    """Whether the Hub holds these files at a revision, by the digests that it states."""
     held = {
         file.path: file.lfs.sha256 if file.lfs else file.blob_id
         for file in api.list_repo_tree(repository, recursive=True, revision=revision)
         if isinstance(file, RepoFile)
     }
     return all(
-        path.name in held and hub_digest(path.read_bytes(), held[path.name]) == held[path.name]
-        for path in folder.iterdir()
+        path.name in held and hub_digest(path.read_bytes(), held[path.name]) == held[path.name] for path in files
     )
 
 
@@ -75,26 +82,32 @@ def _publish_folder(api: HfApi, folder: Path, repository: str, tag: str) -> str:
         tags = [ref.name for ref in api.list_repo_refs(repository).tags]
     except RepositoryNotFoundError:
         tags = []
+    files = list(folder.iterdir())
     if tag in tags:
-        if _same(api, repository, tag, folder):
+        # A card and a config are written by whatever versions of the libraries are here; these two never change.
+        if not _same(api, repository, tag, [folder / "model.safetensors", folder / "log.jsonl"]):
+            raise PublishError(
+                f"{repository}: the tag {tag} is taken by other weights; choose another --tag, or delete it on the Hub"
+            )
+        if _same(api, repository, "main", files):
             return "is published already"
-        raise PublishError(
-            f"{repository}: the tag {tag} is taken by other files; choose another with --tag, or delete it on the Hub"
-        )
-    api.create_repo(repository, exist_ok=True)
-    held = set(api.list_repo_files(repository)) - {".gitattributes"}
-    if held and not {"config.json", "results.csv"} <= held:
-        raise PublishError(
-            f"{repository}: the name is taken by a repository that is not of pcdeq_zoo, with {', '.join(sorted(held))}"
-            "; publish to another --namespace, or delete it on the Hub"
-        )
+    else:
+        api.create_repo(repository, exist_ok=True)
+        held = set(api.list_repo_files(repository)) - {".gitattributes"}
+        if held and not {"config.json", "results.csv"} <= held:
+            raise PublishError(
+                f"{repository}: the name is taken by a repository that is not of pcdeq_zoo, with "
+                f"{', '.join(sorted(held))}; publish to another --namespace, or delete it on the Hub"
+            )
     message = f"pcdeq_zoo {pcdeq_zoo.__version__}"
     try:
         commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
     except RuntimeError as error:  # huggingface_hub's, around what happened while it sent a large file
         raise PublishError(f"{repository}: {error} {error.__cause__}; run the same command again to go on") from error
-    if not _same(api, repository, commit.oid, folder):
+    if not _same(api, repository, commit.oid, files):
         raise PublishError(f"{repository}: the Hub holds other bytes than were sent, and nothing was tagged; try again")
+    if tag in tags:
+        return f"brought up to date; {tag} stays where it is, with the same weights"
     api.create_tag(repository, tag=tag, revision=commit.oid)
     return f"published, and tagged {tag}"
 
@@ -110,11 +123,18 @@ def publish(namespace: str, only: str = "*", tag: str = f"v{pcdeq_zoo.__version_
 
     Raises:
         PublishError: Nothing matches, no token, no right to write, a name or tag that is taken, or damaged files.
+        HFValidationError: `namespace` cannot be one.
         HTTPError, OSError: The Hub refused a request, or could not be reached.
     """
     chosen = fnmatch.filter(results(), only)
     if not chosen:
         raise PublishError(f"no checkpoint matches {only!r}; there are {', '.join(results()) or 'none'}")
+    if "/" in namespace:
+        raise PublishError(f"a namespace is the name of a user or an organisation, got {namespace!r}")
+    for checkpoint in chosen:
+        validate_repo_id(f"{namespace}/{checkpoint}")
+    if tag == "main" or not re.fullmatch(r"[\w.-]+", tag):
+        raise PublishError(f"a tag is letters, digits, '.', '-' and '_', and not 'main'; got {tag!r}")
     api = HfApi(library_name="pcdeq_zoo", library_version=pcdeq_zoo.__version__)
     if not dry_run:
         try:
@@ -126,16 +146,14 @@ def publish(namespace: str, only: str = "*", tag: str = f"v{pcdeq_zoo.__version_
         disable_progress_bars()  # one bar is enough
     for checkpoint in tqdm(chosen, desc="publish", unit="model", disable=dry_run):
         with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            repository = f"{namespace}/{checkpoint}"
+            folder, repository = Path(temporary), f"{namespace}/{checkpoint}"
             write_folder(checkpoint, repository, tag, folder)
             if dry_run:
                 print(f"{repository}, tag {tag}:")
                 for path in sorted(folder.iterdir()):
                     print(f"  {path.name:18} {path.stat().st_size:>9,} bytes  sha256 {sha256(path)}")
             else:
-                done = _publish_folder(api, folder, repository, tag)
-                tqdm.write(f"{repository}: {done}")
+                tqdm.write(f"{repository}: {_publish_folder(api, folder, repository, tag)}")
 
 
 def main() -> None:
@@ -149,11 +167,13 @@ def main() -> None:
     args = parser.parse_args()
     try:
         publish(args.namespace, args.only, args.tag, args.dry_run)
-    except (PublishError, WeightsError) as error:
+    except (PublishError, WeightsError, HFValidationError) as error:
         sys.exit(f"error: {error}")
+    except HfHubHTTPError as error:
+        sys.exit(f"error: the Hub refused: {' '.join(str(error).split())}")
     except (HTTPError, OSError) as error:
-        what = "the Hub refused" if isinstance(error, HfHubHTTPError) else "the Hub cannot be reached"
-        sys.exit(f"error: {what}: {' '.join(str(error).split()).rstrip('.')}; run the same command again to go on")
+        reason = " ".join(str(error).split()).rstrip(".")
+        sys.exit(f"error: the Hub cannot be reached: {reason}; run the same command again to go on")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
-import re
 from pathlib import Path
 
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
@@ -55,6 +54,7 @@ RESULT_COLUMNS = (
     "interpolation",
     "paper_top1",
     "nll",  # mean cross-entropy, nats
+    "ece",  # expected calibration error, percent
     "n",  # test images
     "epochs",
     "seed",
@@ -102,28 +102,41 @@ def hub_digest(content: bytes, like: str) -> str:
 def local_file(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> Path | None:
     """The file that a pretrained config stands for, downloaded if need be, and verified before anything loads it.
 
-    A checkpoint of this package, here or on the Hub, must have the size and sha256 of its results row. A file of any
-    other Hub repository must be what the Hub says it is. All must be readable and, where their safetensors metadata
-    name an architecture, hold that of `cfg`.
+    A checkpoint of this package, here or in the zoo's repository at the tag of this version, must have the size and
+    sha256 of its results row. The config and weights of any other Hub repository must be what the Hub says they are.
+    All weights must be readable and, where their safetensors metadata name an architecture, of that of `cfg`.
 
     Returns:
-        The file, or None for what timm loads by itself: URLs, state dicts and local folders.
+        The file, or None for what timm loads by itself: URLs, state dicts, and folders without model.safetensors.
 
     Raises:
         WeightsError: No weights, no such file or repository, or not the file that it should be.
     """
     name = f"{cfg.architecture}.{cfg.tag}" if cfg.tag else str(cfg.architecture)
-    if cfg.source == "local-dir" or cfg.state_dict:
-        return None
     packaged = bool(cfg.file) and Path(str(cfg.file)).parent == CHECKPOINTS
-    if cfg.source == "hf-hub" or (cfg.hf_hub_id and (not cfg.file or (packaged and _prefers_hub()))):
-        path = _download(cfg, name, cache_dir)
-        row = results().get(name) if cfg.source != "hf-hub" and cfg.hf_hub_id == hub_id(name) else None
-        remedy = "the Hub holds other weights than this version of pcdeq_zoo"
+    row = None
+    remedy = "install pcdeq_zoo again"
+    if cfg.source == "hf-hub" or (
+        not cfg.state_dict and cfg.hf_hub_id and (not cfg.file or (packaged and _prefers_hub()))
+    ):
+        row = next((row for model, row in results().items() if hub_id(model) == cfg.hf_hub_id), None)
+        remedy = "the Hub holds other weights than this version of pcdeq_zoo, or the cache is damaged: delete the file"
+        if cfg.source == "hf-hub":
+            _download("config.json", cfg, name, cache_dir, known=False)
+        path = _download(cfg.hf_hub_filename or "model.safetensors", cfg, name, cache_dir, known=row is not None)
+        if path.suffix != ".safetensors":
+            raise WeightsError(
+                f"weights of {name}: {path.name} of {cfg.hf_hub_id} is no safetensors file, and may run code"
+            )
+    elif cfg.source == "local-dir":
+        path = Path(str(cfg.file)) / "model.safetensors"
+        if not path.is_file():
+            return None
+    elif cfg.state_dict:
+        return None
     elif cfg.file:
         path = Path(cfg.file)
         row = results().get(path.stem) if packaged else None
-        remedy = "install pcdeq_zoo again"
     elif cfg.url:
         return None
     else:
@@ -135,7 +148,7 @@ def local_file(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> Path 
 
     found = f"{path.stat().st_size} bytes with sha256 {sha256(path)}" if path.is_file() else "no file"
     if row and found != (wanted := f"{row['bytes']} bytes with sha256 {row['sha256']}"):
-        raise WeightsError(f"weights of {name}: {path}: got {found}, wanted {wanted}; {remedy}")
+        raise WeightsError(f"weights of {name}: {path.resolve()}: got {found}, wanted {wanted}; {remedy}")
     if not path.is_file():
         raise WeightsError(f"weights of {name}: there is no file {path}")
     try:
@@ -159,22 +172,29 @@ def _prefers_hub() -> bool:
     return choice == "hub"
 
 
-def _download(cfg: PretrainedCfg, name: str, cache_dir: str | Path | None) -> Path:
-    """The safetensors file of a Hub repository, from the cache or the network, compared with the Hub's digest."""
+def _download(filename: str, cfg: PretrainedCfg, name: str, cache_dir: str | Path | None, known: bool) -> Path:
+    """A file of a Hub repository, from the cache or the network; compared with the Hub's digest, unless `known`."""
     repository, _, revision = str(cfg.hf_hub_id).partition("@")
-    filename = cfg.hf_hub_filename or "model.safetensors"  # never a pickle
     try:
         path = Path(hf_hub_download(repository, filename, revision=revision or None, cache_dir=cache_dir))
-        # The cache names a file after its digest. Where it cannot link, it copies under another name: ask again.
-        wanted = path.resolve().name
-        if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", wanted):
-            url = hf_hub_url(repository, filename, revision=path.parent.name)
-            wanted = str(get_hf_file_metadata(url).etag)
     except (HTTPError, HFValidationError, OSError) as error:
         reason = " ".join(str(error).split())
         raise WeightsError(
             f"weights of {name}: no {filename} from the Hub repository {cfg.hf_hub_id}: {reason}"
         ) from error
+    if known:
+        return path
+    if path.is_symlink():
+        wanted = path.readlink().name  # not further: that name may lead to one which is of another hash
+    else:  # a cache on a file system without links names its files otherwise
+        try:
+            url = hf_hub_url(repository, filename, revision=path.parent.name)
+            wanted = str(get_hf_file_metadata(url).etag)
+        except (HTTPError, OSError) as error:
+            raise WeightsError(
+                f"weights of {name}: {path} cannot be verified: this cache has no links, so the Hub must be asked for "
+                f"the digest, and cannot be: {' '.join(str(error).split())}"
+            ) from error
     content = path.read_bytes()
     if (found := hub_digest(content, wanted)) != wanted:
         raise WeightsError(

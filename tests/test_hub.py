@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from pcdeq_zoo import DATASETS, VARIANTS, __version__
 from pcdeq_zoo.cards import model_card
 from pcdeq_zoo.data import load, normalize
-from pcdeq_zoo.weights import NAMESPACE, hub_digest, hub_id, results, sha256
+from pcdeq_zoo.weights import CHECKPOINTS, NAMESPACE, hub_digest, hub_id, results, sha256
 
 ROOT = Path(__file__).parents[1]
 NAME = "pcdeq1_l_tanh_mnist"
@@ -75,6 +75,7 @@ class Hub:
         command = [sys.executable, str(ROOT / "tests" / "hub_server.py"), str(self.state), *options]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         self.address = self.process.stdout.readline().strip()
+        assert self.address.startswith("http://127.0.0.1:")  # nothing below may reach the real Hub
 
     def stop(self) -> None:
         self.process.kill()
@@ -90,8 +91,8 @@ class Hub:
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DOWNLOAD_TIMEOUT": "5",
         }
-        removed = ("HF_HUB_OFFLINE", "PCDEQ_ZOO_WEIGHTS")
-        rest = {key: value for key, value in os.environ.items() if key not in removed}
+        foreign = ("HF_", "HUGGINGFACE", "HUGGING_FACE", "PCDEQ_ZOO_WEIGHTS")  # such as the cache of whoever runs this
+        rest = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
         return {key: value for key, value in (rest | ours | variables).items() if value}
 
     def run(self, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -196,7 +197,23 @@ class TestPublish:
         path.write_text(path.read_text().replace(results()[CHECKPOINT]["sha256"], "0" * 64))
         done = empty_hub.publish("--namespace", "alice", "--only", CHECKPOINT)
         assert done.returncode == 1
-        assert f"alice/{CHECKPOINT}: the tag {TAG} is taken by other files" in done.stderr
+        assert f"alice/{CHECKPOINT}: the tag {TAG} is taken by other weights" in done.stderr
+
+    def test_interrupted_before_the_tag_and_a_new_card(self, empty_hub: Hub):
+        one = ("--namespace", "alice", "--only", CHECKPOINT)
+        assert empty_hub.publish(*one).returncode == 0
+        path = empty_hub.state / "models" / "alice" / f"{CHECKPOINT}.json"
+        state = json.loads(path.read_text())
+        path.write_text(json.dumps(state | {"tags": {}}))
+        assert f"published, and tagged {TAG}" in empty_hub.publish(*one).stdout
+        assert empty_hub.repository(f"alice/{CHECKPOINT}")["tags"] == state["tags"]  # no new commit
+
+        older = json.loads(path.read_text())
+        older["commits"][older["tags"][TAG]]["files"]["README.md"]["git_id"] = "0" * 40
+        path.write_text(json.dumps(older))
+        assert f"brought up to date; {TAG} stays" in empty_hub.publish(*one).stdout
+        assert empty_hub.repository(f"alice/{CHECKPOINT}")["tags"] == state["tags"]
+        assert "is published already" in empty_hub.publish(*one).stdout
 
     def test_killed_server_and_resumed(self, empty_hub: Hub):
         empty_hub.stop()
@@ -234,15 +251,24 @@ one = ("--namespace", "alice", "--only", "{CHECKPOINT}")
 found = [refused(token, *one) for token in ("", "hf_wrong", "hf_read")]
 found.append(refused("hf_write", "--namespace", "stranger", "--only", "{CHECKPOINT}"))
 found.append(refused("hf_write", "--namespace", "alice", "--only", "resnet*"))
+found.append(refused("hf_write", "--namespace", "alice/x"))
+found.append(refused("hf_write", "--namespace", "my name"))
+found.append(refused("hf_write", *one, "--tag", "main"))
 print(json.dumps(found))
 """
-        none, wrong, read, stranger, pattern = empty_hub.python(script)
+        none, wrong, read, stranger, pattern, slash, space, main = empty_hub.python(script)
         assert none == "error: no token; log in with `hf auth login`, or set HF_TOKEN"
-        assert wrong.startswith("error: the Hub refused: Invalid user token")
+        assert wrong == (
+            "error: the Hub refused: Invalid user token. The token from HF_TOKEN environment variable is invalid. "
+            "Note that HF_TOKEN takes precedence over `hf auth login`."
+        )
         assert read == "error: the token of alice is read-only; make one that may write"
         assert stranger.startswith("error: the Hub refused: ")
-        assert "You don't have the rights to write to stranger/" in stranger
-        assert pattern.startswith("error: no checkpoint matches 'resnet*'; there are pcdeq")
+        assert f"You don't have the rights to write to stranger/{CHECKPOINT}" in stranger
+        assert pattern == f"error: no checkpoint matches 'resnet*'; there are {', '.join(results())}"
+        assert slash == "error: a namespace is the name of a user or an organisation, got 'alice/x'"
+        assert space.startswith("error: Repo id must")
+        assert main == "error: a tag is letters, digits, '.', '-' and '_', and not 'main'; got 'main'"
         assert not (empty_hub.state / "models").exists()
 
     def test_no_network(self, empty_hub: Hub):
@@ -347,24 +373,83 @@ print(json.dumps([str(blob), found]))
 """
         blob, (before, flipped, cut, after) = hub.python(script, str(hub.folder / "damaged"), home="damaged")
         assert before == after == [None, None]
-        got = rf"got {results()[CHECKPOINT]['bytes']} bytes with digest [0-9a-f]{{64}}"
+        got = rf"got {results()[CHECKPOINT]['bytes']} bytes with (digest|sha256) [0-9a-f]{{64}}"
         for message in flipped:
             assert re.fullmatch(
-                rf"WeightsError: weights of {CHECKPOINT}: {blob}: {got}, wanted {digest}; "
-                "delete this file to download it again",
-                message,
+                rf"WeightsError: weights of {CHECKPOINT}: {blob}: {got}, wanted .*{digest}; .*", message
             )
         for message in cut:
-            assert f"{blob}: got 1000 bytes with digest" in message
+            assert f"{blob}: got 1000 bytes with " in message
 
-    def test_cache_without_links(self, hub: Hub, images: Path):
-        script = f'print(json.dumps(error("hf-hub:{hub_id(CHECKPOINT)}")))'
+    def test_cache_without_links(self, hub: Hub):
+        script = f"""
+print(json.dumps([error("hf-hub:{NAMESPACE}/{CHECKPOINT}"), error("{NAME}", pretrained_cfg_overlay=dict(file=None))]))
+"""
         settings = {"home": "copies", "HF_HUB_DISABLE_SYMLINKS": "1"}
-        assert hub.python(script, **settings) is None
-        (file,) = (hub.folder / "copies").rglob("model.safetensors")
-        assert not file.is_symlink()
-        flip_a_bit(file)
-        assert f"wanted {results()[CHECKPOINT]['sha256']}; delete this file" in hub.python(script, **settings)
+        assert hub.python(script, **settings) == [None, None]
+        for file in (hub.folder / "copies").rglob("model.safetensors"):
+            assert not file.is_symlink()
+        unknown, ours = hub.python(script, **settings, HF_HUB_OFFLINE="1")
+        assert "cannot be verified: this cache has no links, so the Hub must be asked" in unknown
+        assert ours is None  # compared with the results row
+        for file in (hub.folder / "copies").rglob("model.safetensors"):
+            flip_a_bit(file)
+        for message in hub.python(script, **settings):
+            assert f"wanted {results()[CHECKPOINT]['sha256']}; delete this file" in message or (
+                "or the cache is damaged: delete the file" in message
+            )
+
+    def test_cache_shared_between_repositories(self, hub: Hub):
+        """What Xet downloads is linked once more, to a file that another hash names (huggingface_hub 2.4)."""
+        script = f'print(json.dumps(error("hf-hub:{NAMESPACE}/{CHECKPOINT}")))'
+        assert hub.python(script, home="shared") is None
+        for blob in (hub.folder / "shared").rglob("blobs/*"):
+            store = hub.folder / "shared" / "hub" / "blobs" / "ab" / hub_digest(blob.name.encode(), "")
+            store.parent.mkdir(parents=True, exist_ok=True)
+            blob.rename(store)
+            blob.symlink_to(store)
+        assert hub.python(script, home="shared", HF_HUB_OFFLINE="1") is None
+        store = (
+            hub.folder / "shared" / "hub" / "blobs" / "ab" / hub_digest(results()[CHECKPOINT]["sha256"].encode(), "")
+        )
+        flip_a_bit(store)
+        message = hub.python(script, home="shared", HF_HUB_OFFLINE="1")
+        assert message.endswith("delete this file to download it again")
+        assert str(store) in message
+
+    def test_damaged_or_hostile_config(self, hub: Hub):
+        """timm reads config.json before any code of ours; what it cannot do is to bring in something unverified."""
+        script = f"""
+from pathlib import Path
+name = "hf-hub:{NAMESPACE}/{CHECKPOINT}"
+found = [error(name)]
+(link,) = Path(sys.argv[1]).rglob("config.json")
+blob = link.resolve()
+blob.write_text(blob.read_text().replace('"num_classes": 10', '"num_classes": 30', 1))
+found.append(error(name))
+
+from huggingface_hub import HfApi, hf_hub_download
+HfApi().create_repo("alice/hostile", exist_ok=True)
+weights = hf_hub_download("{NAMESPACE}/{CHECKPOINT}", "model.safetensors")
+HfApi().upload_file(path_or_fileobj=weights, path_in_repo="model.safetensors", repo_id="alice/hostile")
+HfApi().upload_file(path_or_fileobj=b"pickle", path_in_repo="pytorch_model.bin", repo_id="alice/hostile")
+pickle = dict(hf_hub_filename="pytorch_model.bin")
+for extra in (dict(num_classes=30), pickle, dict(state_dict=dict(a=1)), dict(custom_load=True)):
+    right = dict(input_size=[1, 28, 28], num_classes=10, fixed_input_size=True)
+    config = dict(architecture="{NAME}", pretrained_cfg=right | extra)
+    HfApi().upload_file(
+        path_or_fileobj=json.dumps(config).encode(), path_in_repo="config.json", repo_id="alice/hostile"
+    )
+    found.append(error("hf-hub:alice/hostile"))
+print(json.dumps(found))
+"""
+        intact, flipped, classes, pickle, state, custom = hub.python(script, str(hub.folder / "config"), home="config")
+        assert intact is None
+        assert re.search(r"config|blobs", flipped)
+        assert "delete this file to download it again" in flipped
+        assert "these weights have 10 classes, and their config says 30" in classes
+        assert "pytorch_model.bin of alice/hostile is no safetensors file" in pickle
+        assert state is custom is None  # not asked; the verified file is loaded
 
     def test_damaged_download(self, empty_hub: Hub):
         """The server sends a flipped bit, and then less than it promised."""
@@ -374,9 +459,10 @@ print(json.dumps([str(blob), found]))
         script = f"""
 from pathlib import Path
 blob = Path(sys.argv[1])
-found = [error("hf-hub:{hub_id(CHECKPOINT)}", cache_dir=sys.argv[2] + "/flipped")]
+name = "hf-hub:{NAMESPACE}/{CHECKPOINT}"
+found = [error(name, cache_dir=sys.argv[2] + "/flipped")]
 blob.write_bytes(blob.read_bytes()[:1000])
-found.append(error("hf-hub:{hub_id(CHECKPOINT)}", cache_dir=sys.argv[2] + "/cut"))
+found.append(error(name, cache_dir=sys.argv[2] + "/cut"))
 print(json.dumps(found))
 """
         flipped, cut = empty_hub.python(script, str(blob), str(empty_hub.folder))
@@ -384,7 +470,7 @@ print(json.dumps(found))
         assert cut.startswith(f"WeightsError: weights of {CHECKPOINT}: no model.safetensors from the Hub repository")
 
     def test_other_weights_under_our_name(self, empty_hub: Hub, tmp_path):
-        """By the environment only the very files of this version load."""
+        """At the tag of this version only its very files load."""
         assert empty_hub.publish("--namespace", NAMESPACE, "--only", CHECKPOINT).returncode == 0
         model = timm.create_model(NAME)
         save_file(model.state_dict(), tmp_path / "other.safetensors")
@@ -398,9 +484,8 @@ print(json.dumps(found))
                 commit["files"]["model.safetensors"] |= {"sha256": digest, "size": len(content)}
         path.write_text(json.dumps(state))
         script = f'print(json.dumps([error("{NAME}"), error("hf-hub:{hub_id(CHECKPOINT)}")]))'
-        by_environment, by_prefix = empty_hub.python(script, PCDEQ_ZOO_WEIGHTS="hub")
-        assert "the Hub holds other weights than this version of pcdeq_zoo" in by_environment
-        assert by_prefix is None
+        for message in empty_hub.python(script, PCDEQ_ZOO_WEIGHTS="hub"):
+            assert "the Hub holds other weights than this version of pcdeq_zoo" in message
 
     def test_nothing_there(self, hub: Hub):
         script = f"""
@@ -481,9 +566,19 @@ class TestCards:
         assert loss.metric_value == float(row["nll"])
         assert accuracy.dataset_type == variant.dataset.hub_id
         assert "verif" not in card.content
-        for text in (f"| {float(row['top1']):.2f} | {row['paper_top1']} |", f"{variant.parameters:,}"):
-            assert text in card.content
-        for text in (f"alice/{checkpoint}@v7", variant.dataset.terms, row["commit"], row["hardware"], row["evals_max"]):
+        log = [json.loads(line) for line in (CHECKPOINTS / f"{checkpoint}.jsonl").read_text().splitlines()]
+        for text in (
+            f"| {float(row['top1']):.2f} | {row['paper_top1']} |",
+            f"{variant.parameters:,} ({int(row['bytes']):,} bytes",
+            f"an image took {row['evals_layers'].replace('/', ', ')} evaluations",
+            f"{row['evals_max']} at most",
+            f"proven error was {row['bound_max']};",
+            f"| Seed, code | {row['seed']}, commit {row['commit']} |",
+            f"| Hardware, time | {row['hardware']}, {row['hours']} hours |",
+            f"| {log[-1]['train_loss']}, {log[-1]['train_top1']} % |",
+            f"hf-hub:alice/{checkpoint}@v7",
+            variant.dataset.terms,
+        ):
             assert text in card.content
 
     def test_card_on_the_hub_parses(self, hub: Hub):
@@ -499,7 +594,10 @@ class TestCards:
 
 
 def test_torch_hub_from_github(tmp_path, images: Path, packaged):
-    """A zip archive as GitHub makes it, through the real download, trust list and import; no other packages needed."""
+    """A zip archive as GitHub makes it, through the real download, trust list and import.
+
+    Without the packages that only the recipes and tests need.
+    """
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("needs a git checkout, whose files make the archive")
@@ -510,7 +608,7 @@ def test_torch_hub_from_github(tmp_path, images: Path, packaged):
                 archive.write(ROOT / name, f"OWNER-pcdeq-zoo-0123456/{name}")
     script = f"""
 import sys
-for name in ("accelerate", "pyarrow", "pytest", "onnx", "onnxruntime", "datasets"):
+for name in ("accelerate", "pyarrow", "pytest", "onnx", "onnxruntime", "datasets", "tensorboard"):
     sys.modules[name] = None  # to import it raises
 import json, torch
 torch.hub._git_archive_link = lambda *args: {(tmp_path / "archive.zip").as_uri()!r}

@@ -17,6 +17,7 @@ import timm
 import torch
 from evaluate import evaluate
 from safetensors.torch import load_file, save_file
+from timm.models._hub import save_for_hf
 
 import pcdeq_zoo
 from pcdeq_zoo import DATASETS, VARIANTS, WeightsError
@@ -53,6 +54,8 @@ def test_claimed_accuracy(checkpoint: str, mnist_test):
     assert measured["top5"] == float(row["top5"])
     assert measured["nll"] == pytest.approx(float(row["nll"]), abs=2e-4)
     assert measured["evals_mean"] == pytest.approx(float(row["evals_mean"]), abs=0.02)
+    layers, wanted = (list(map(float, text.split("/"))) for text in (measured["evals_layers"], row["evals_layers"]))
+    assert layers == pytest.approx(wanted, abs=0.02)
 
 
 @every_checkpoint
@@ -174,6 +177,38 @@ class TestForeignFiles:
         with pytest.raises(WeightsError, match="is not a readable checkpoint"):
             self.create(tmp_path / "mine.pth")
         assert not (tmp_path / "ran").exists()
+
+    def test_entries_that_are_no_tensors(self, tmp_path):
+        torch.save({**timm.create_model(NAME).state_dict(), "epoch": 3}, tmp_path / "mine.pth")
+        with pytest.raises(WeightsError, match="epoch is a int, not a tensor"):
+            self.create(tmp_path / "mine.pth")
+
+    @pytest.mark.parametrize(("entry", "message"), [(-1.0, "1 entries of .* are below 0"), (math.nan, "holds NaN")])
+    def test_entries_that_no_pcdeq_has(self, tmp_path, entry: float, message: str):
+        state = timm.create_model(NAME).state_dict()
+        state["features.deq1.weight_v"][3, 4] = entry
+        save_file(state, tmp_path / "mine.safetensors")
+        with pytest.raises(WeightsError, match=message):
+            self.create(tmp_path / "mine.safetensors")
+
+    def test_other_classes_than_the_config_says(self, tmp_path):
+        """timm would load it with a random classifier."""
+        model = timm.create_model(NAME, num_classes=4).eval()
+        save_file(model.state_dict(), tmp_path / "mine.safetensors")
+        with pytest.raises(WeightsError, match="these weights have 4 classes, and their config says 10"):
+            self.create(tmp_path / "mine.safetensors", num_classes=4)
+        overlay = {"file": str(tmp_path / "mine.safetensors"), "num_classes": 4}
+        loaded = timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=overlay).eval()
+        x = torch.rand(2, 1, 28, 28)
+        assert torch.equal(loaded(x), model(x))
+
+    def test_damaged_local_folder(self, tmp_path):
+        save_for_hf(timm.create_model(NAME), str(tmp_path), safe_serialization=True)
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+        file = tmp_path / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:1000])
+        with pytest.raises(WeightsError, match="is not a readable checkpoint: got 1000 bytes"):
+            timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
 
     def test_other_shapes_and_names(self, tmp_path):
         state = timm.create_model("pcdeq1_mc_tanh_cifar").state_dict()

@@ -78,7 +78,7 @@ def trained(name: str, data: str | None) -> PcDEQ:
     run = ROOT / "runs" / "benchmark" / name
     if not (run / "model.safetensors").is_file():
         print(f"training {name} for {TRAINING_STEPS} steps", flush=True)
-        images = TRAINING_STEPS * VARIANTS[name].recipe.batch_size
+        images = TRAINING_STEPS * VARIANTS[name].recipes["paper"].batch_size
         command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
         command += ["--mixed_precision=no", "--dynamo_backend=no", str(ROOT / "recipes" / "train.py"), "--model", name]
         command += ["--epochs=1", f"--limit-train={images}", "--output", str(run)]

@@ -63,14 +63,16 @@ One run, seed {seed}, last epoch; nothing was chosen on the test set. `results.c
 
 ```python
 import timm, torch
-import pcdeq_zoo  # registers the models
+import pcdeq_zoo  # registers the models; `pip install pcdeq-zoo`, or `pip install .` in a checkout
 
 model = timm.create_model("hf-hub:{repository}", pretrained=True).eval()
 model = timm.create_model("{checkpoint}", pretrained=True).eval()  # the same file, from the package, offline
 model = timm.create_model("{checkpoint}", pretrained=True, num_classes=3)  # a new classifier, to fine-tune
 ```
 
-With torch.hub, from a checkout: `torch.hub.load("path/to/pcdeq_zoo", "{name}", source="local", pretrained=True)`.
+With torch.hub, without installing it (torch, torchvision and timm have to be there):
+`torch.hub.load("OWNER/pcdeq-zoo", "{name}", pretrained=True)`, or from a checkout
+`torch.hub.load("path/to/pcdeq_zoo", "{name}", source="local", pretrained=True)`.
 
 The layers alone, with what is known of each solve:
 
@@ -139,7 +141,7 @@ def model_card(checkpoint: str, repository: str, tag: str) -> ModelCard:
     row = results()[checkpoint]
     name = checkpoint.split(".")[0]
     variant = VARIANTS[name]
-    dataset, recipe = variant.dataset, variant.recipe
+    dataset, recipe = variant.dataset, variant.recipes[checkpoint.split(".")[1]]
     log = [json.loads(line) for line in (CHECKPOINTS / f"{checkpoint}.jsonl").read_text("utf-8").splitlines()]
     unconverged = sum(line["unconverged"] for line in log)
     metadata = ModelCardData(

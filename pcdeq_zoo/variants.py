@@ -6,33 +6,56 @@ that depends on the set of models (factories, configs, recipes, tests, README) r
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from pcdeq_zoo.data import DATASETS, Dataset
+from pcdeq_zoo.solver import Stop
 
 __all__ = ["VARIANTS", "Recipe", "Variant"]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is trained: AdamW on all parameters and cross-entropy, in the paper's units.
+    """How a network is trained: AdamW on all parameters, cross-entropy.
 
     Attributes:
         epochs: Passes over the training set.
-        lr: Learning rate of AdamW at the start.
-        lr_decay_epoch: Epoch after which the learning rate is multiplied by `lr_decay_factor`, once.
+        lr: Highest learning rate.
         weight_decay: Decoupled weight decay of AdamW, on all parameters.
         batch_size: Images per optimiser step.
         augmentation: Random crop of the image padded by 4, and random horizontal flip.
+        lr_decay_epoch: Epoch after which the learning rate is multiplied by `lr_decay_factor`, once; None for one
+            cycle: a cosine up from lr / 25 over the share `warmup` of the epochs, and another one down to zero.
+        lr_decay_factor: See `lr_decay_epoch`.
+        warmup: See `lr_decay_epoch`.
+        label_smoothing: Probability that is spread over all classes.
+        ema_decay: Decay per step of the moving average of the weights that is evaluated and saved; 0 for none.
+        stop: Criterion of the solves, see `Solver`.
+        tol: Their tolerance.
     """
 
     epochs: int
     lr: float
-    lr_decay_epoch: int
     weight_decay: float
-    augmentation: bool
-    lr_decay_factor: float = 0.1
     batch_size: int = 64
+    augmentation: bool = False
+    lr_decay_epoch: int | None = None
+    lr_decay_factor: float = 0.1
+    warmup: float = 0.25
+    label_smoothing: float = 0.0
+    ema_decay: float = 0.0
+    stop: Stop = "residual"
+    tol: float = 1e-4
+
+    def learning_rate(self, passes: float) -> float:
+        """Learning rate after so many passes over the training set, 0 ≤ passes ≤ epochs."""
+        if self.lr_decay_epoch is not None:
+            return self.lr * (self.lr_decay_factor if passes >= self.lr_decay_epoch else 1.0)
+        rise = self.warmup * self.epochs
+        if passes < rise:
+            return self.lr * (1 / 25 + (1 - 1 / 25) * (1 - math.cos(math.pi * passes / rise)) / 2)
+        return self.lr * (1 + math.cos(math.pi * (passes - rise) / (self.epochs - rise))) / 2
 
 
 @dataclass(frozen=True)
@@ -48,7 +71,7 @@ class Variant:
         channels: Width of each pcDEQ layer.
         parameters: Number of trainable parameters.
         paper_accuracy: Published test accuracy in percent.
-        recipe: The paper's hyper-parameters.
+        recipes: How it is trained, by the tag of its checkpoints: "paper" as in the paper's Tables 5-7, "zoo" ours.
     """
 
     name: str
@@ -59,7 +82,7 @@ class Variant:
     channels: tuple[int, ...]
     parameters: int
     paper_accuracy: float
-    recipe: Recipe
+    recipes: dict[str, Recipe]
 
 
 # Per group: structure, dataset, name suffix, channels, parameters, epochs, epoch of the decay, weight decay,
@@ -101,7 +124,18 @@ def _variants() -> dict[str, Variant]:
                 channels=channels,
                 parameters=parameters,
                 paper_accuracy=accuracy,
-                recipe=Recipe(epochs, lr, decay_epoch, decay, augmentation),
+                recipes={
+                    "paper": Recipe(epochs, lr, decay, augmentation=augmentation, lr_decay_epoch=decay_epoch),
+                    "zoo": Recipe(
+                        epochs // 5,
+                        4e-3,
+                        decay,
+                        batch_size=128,
+                        augmentation=augmentation,
+                        stop="estimated",
+                        tol=1e-3,
+                    ),
+                },
             )
     return variants
 

@@ -1,12 +1,18 @@
 """Measure a model of the zoo on a test set.
 
-accelerate launch recipes/evaluate.py --model pcdeq1_l_tanh_mnist
-accelerate launch recipes/evaluate.py --model pcdeq1_l_tanh_mnist --checkpoint runs/mine/model.safetensors --data sample
+    accelerate launch recipes/evaluate.py --model pcdeq1_l_tanh_mnist
+    accelerate launch recipes/evaluate.py --model hf-hub:NAMESPACE/pcdeq1_l_tanh_mnist.paper
+    accelerate launch recipes/evaluate.py --model pcdeq1_l_tanh_mnist --checkpoint model.safetensors --data sample
+    accelerate launch recipes/evaluate.py --run runs/pcdeq1_l_tanh_mnist.paper
+
+Prints what it measures as JSON. With --run it measures the weights of a run of train.py, and writes the run's
+results.csv.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -21,6 +27,7 @@ from tqdm import tqdm
 
 from pcdeq_zoo import VARIANTS, DataError, Dataset, WeightsError, record_solves
 from pcdeq_zoo.data import load, normalize
+from pcdeq_zoo.weights import RESULT_COLUMNS, sha256
 
 
 @torch.inference_mode()
@@ -32,19 +39,23 @@ def evaluate(
     Returns:
         n, top1 and top5 in percent, nll (mean cross-entropy in nats), evals_mean and evals_max (evaluations of W per
         image and pcDEQ layer), evals_layers (the mean layer by layer, "5.9/8.1/12.4"), bound_max (largest proven
-        relative error of a unit).
+        relative error of a unit), and ece: the expected calibration error in percent, mean |confidence − accuracy| over
+        15 equal bins of confidence, weighted by their images (Guo et al., ICML 2017).
     """
     model.eval()
     device = next(model.parameters()).device
     top1 = top5 = nll = bound_max = 0.0
     evaluations: dict[str, int] = defaultdict(int)
     evaluations_max = 0
+    confidences, hits_all = [], []
     for start in tqdm(range(0, len(images), batch_size), desc="evaluate", leave=False, disable=not progress):
         x = normalize(images[start : start + batch_size].to(device), dataset)
         y = labels[start : start + batch_size].to(device)
         with record_solves(model) as records:
             logits = model(x)
         hits = logits.topk(5).indices == y[:, None]
+        confidences.append(logits.softmax(1).amax(1))
+        hits_all.append(hits[:, 0])
         top1 += hits[:, 0].sum().item()
         top5 += hits.sum().item()
         nll += F.cross_entropy(logits, y, reduction="sum").item()
@@ -58,6 +69,7 @@ def evaluate(
         "top1": round(100 * top1 / n, 4),
         "top5": round(100 * top5 / n, 4),
         "nll": round(nll / n, 4),
+        "ece": round(100 * calibration_error(torch.cat(confidences), torch.cat(hits_all)), 2),
         "evals_mean": round(sum(evaluations.values()) / len(evaluations) / n, 2),
         "evals_layers": "/".join(f"{total / n:.2f}" for total in evaluations.values()),
         "evals_max": evaluations_max,
@@ -65,30 +77,97 @@ def evaluate(
     }
 
 
+def calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> float:
+    """Expected calibration error of confidences (N,) in (0, 1] and whether they were right (N,)."""
+    index = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    gaps = torch.zeros(bins, dtype=torch.float64, device=confidence.device)
+    gaps.index_add_(0, index, confidence.double() - correct.double())
+    return gaps.abs().sum().item() / len(confidence)
+
+
+def measure_run(run: Path, data: str | None, device: torch.device) -> dict[str, Any]:
+    """Measure the weights of a run as a user loads them, on the test set or what the run held out; writes results.csv.
+
+    Returns:
+        The row, columns as in `pcdeq_zoo.weights.RESULT_COLUMNS`.
+
+    Raises:
+        WeightsError, DataError, SystemExit: No such weights, data or run.
+    """
+    if not (run / "run.json").is_file():
+        raise SystemExit(f"{run} is not a run of train.py: it has no run.json")
+    settings = json.loads((run / "run.json").read_text("utf-8"))
+    name, weights = settings["model"], run / "model.safetensors"
+    variant = VARIANTS[name]
+    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(weights)}).to(device)
+    if held_out := settings["hold_out"]:
+        images, labels = (part[-held_out:] for part in load(variant.dataset, "train", data))
+    else:
+        images, labels = load(variant.dataset, "test", data)
+    measured = evaluate(model, variant.dataset, images, labels)
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text("utf-8").splitlines()]
+    known = {
+        **measured,
+        "model": f"{name}.{settings['tag']}",
+        "top1_err": round(100 - measured["top1"], 4),
+        "top5_err": round(100 - measured["top5"], 4),
+        "param_count": round(variant.parameters / 1e6, 6),
+        "img_size": variant.dataset.input_size[-1],
+        "crop_pct": 1.0,
+        "interpolation": "bilinear",
+        "paper_top1": variant.paper_accuracy,
+        "epochs": settings["recipe"]["epochs"],
+        "seed": settings["seed"],
+        "tol": model.solver.tol,
+        "commit": settings["commit"],
+        "hardware": settings["hardware"],
+        "hours": round(sum(line["seconds"] for line in log) / 3600, 2),
+        "bytes": weights.stat().st_size,
+        "sha256": sha256(weights),
+    }
+    row = {column: known[column] for column in RESULT_COLUMNS}
+    temporary = run / "results.csv.tmp"
+    with temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, RESULT_COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerow(row)
+    temporary.replace(run / ("held_out.csv" if held_out else "results.csv"))
+    return row
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="name in the zoo, with or without tag")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", help="name in the zoo, with or without tag, or hf-hub:NAMESPACE/NAME[@REVISION]")
+    source.add_argument("--run", type=Path, help="folder of a finished run; its results.csv is written")
     parser.add_argument(
         "--checkpoint", type=Path, help="a safetensors file, or one of the authors' code; default: the zoo's"
     )
     parser.add_argument("--data", help="folder, 'sample' or 'hub' (default: below $PCDEQ_ZOO_DATA, else the Hub)")
     parser.add_argument("--batch-size", type=int, default=500)
     args = parser.parse_args()
-    name = args.model.split(".")[0]
-    if name not in VARIANTS:
+    name = (args.model or "").rpartition("/")[2].split("@")[0].split(".")[0]
+    if args.model and ":" not in args.model and name not in VARIANTS:
         parser.error(f"unknown model {name}; the zoo has {', '.join(VARIANTS)}")
+    if args.run and args.checkpoint:
+        parser.error("--checkpoint goes with --model")
 
-    overlay = {"file": str(args.checkpoint)} if args.checkpoint else None
-    dataset = VARIANTS[name].dataset
+    accelerator = Accelerator()
+    if not accelerator.is_main_process:
+        return
     try:
-        model = timm.create_model(args.model, pretrained=True, pretrained_cfg_overlay=overlay)
-        images, labels = load(dataset, "test", args.data)
+        if args.run:
+            measured = measure_run(args.run, args.data, accelerator.device)
+        else:
+            overlay = {"file": str(args.checkpoint)} if args.checkpoint else None
+            model = timm.create_model(args.model, pretrained=True, pretrained_cfg_overlay=overlay)
+            dataset = VARIANTS[model.pretrained_cfg["architecture"]].dataset
+            images, labels = load(dataset, "test", args.data)
+            model.to(accelerator.device)
+            measured = evaluate(model, dataset, images, labels, args.batch_size, progress=True)
     except (WeightsError, DataError) as error:
         raise SystemExit(str(error)) from error
-    accelerator = Accelerator()
-    if accelerator.is_main_process:
-        model.to(accelerator.device)
-        print(json.dumps(evaluate(model, dataset, images, labels, args.batch_size, progress=True)))
+    print(json.dumps(measured))
 
 
 if __name__ == "__main__":

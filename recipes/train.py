@@ -1,171 +1,334 @@
-"""Train a model of the zoo by the paper's recipe (Tables 5-7).
+"""Train a model of the zoo.
 
-    accelerate launch recipes/train.py --model pcdeq1_l_tanh_mnist
+    accelerate launch recipes/train.py --model pcdeq1_l_tanh_mnist                        # the paper's recipe
+    accelerate launch recipes/train.py --model pcdeq1_mc_relu6_cifar --recipe zoo         # ours: shorter
+    accelerate launch recipes/train.py --model pcdeq1_l_tanh_mnist --resume               # go on where it was killed
     accelerate launch recipes/train.py --model pcdeq1_l_tanh_mnist --data sample --epochs 4
 
-Trains on the whole training set, looks at the test set once, after the last epoch, and writes to --output (default
-runs/<model>): model.safetensors, log.jsonl (a line per epoch) and results.csv (the row that a checkpoint ships with).
+The paper's recipe (Tables 5-7) trains on the whole training set and is measured on the test set once, after the last
+epoch. Writes to --output (default runs/<model>.<recipe>): run.json (the settings), log.jsonl (a line per epoch), state/
+(what --resume needs, until the run is finished), and in the end model.safetensors and results.csv (the row that a
+checkpoint ships with).
+
+Two processes on CPUs, which give what one gives, up to rounding:
+
+    accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no \\
+        recipes/train.py --cpu --processes 2 --model pcdeq1_l_tanh_mnist
+
+`accelerate launch --cpu --num_processes 2` starts only one (accelerate 1.15); --processes refuses that.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import time
-from collections import defaultdict
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from evaluate import evaluate
+from evaluate import measure_run
 from safetensors.torch import save_file
-from torch import Tensor
-from torch.utils.data import DataLoader
-from torch.utils.data import Dataset as TorchDataset
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from tqdm import tqdm
 
-from pcdeq_zoo import DATASETS, VARIANTS, Dataset, Recipe, SolveRecord, record_solves
+from pcdeq_zoo import VARIANTS, PcDEQLinear, Recipe, SolveRecord, WeightsError, record_solves
 from pcdeq_zoo.data import DataError, load, normalize
-from pcdeq_zoo.weights import RESULT_COLUMNS, sha256
-
-TAG = "paper"
-
-# The paper's criterion (section 5), per sample. The checkpoint is measured with the model's default: certified solves.
-SOLVES = {"stop": "residual", "tol": 1e-4}
 
 
-class Images(TorchDataset[tuple[Tensor, Tensor]]):
-    """Images in memory; a batch is one indexing operation instead of a collation of single images."""
+class _SumOverProcesses(torch.autograd.Function):
+    """Sum of a tensor over all processes; so is its gradient."""
 
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self.images, self.labels = images, labels
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.images[index], self.labels[index]
-
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        return self.images[indices], self.labels[indices]
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        total = grad.clone()
+        dist.all_reduce(total)
+        return total
 
 
-def augment(images: Tensor) -> Tensor:
+class SyncBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm whose training statistics are those of the batches of all processes together.
+
+    PyTorch's own takes CUDA tensors only.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        channels = x.shape[1]
+        count = x.new_full((1,), x.numel() // channels)
+        sums = _SumOverProcesses.apply(torch.cat([x.sum((0, 2, 3)), count]))
+        mean = sums[:-1] / sums[-1]
+        centred = x - mean.view(1, -1, 1, 1)
+        var = _SumOverProcesses.apply(centred.square().sum((0, 2, 3))) / sums[-1]
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * (sums[-1] / (sums[-1] - 1)), self.momentum)
+        scale = torch.rsqrt(var + self.eps) * self.weight
+        return centred * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
+
+
+def synchronize_batch_norm(model: nn.Module) -> None:
+    """Make every BatchNorm2d of the model a `SyncBatchNorm2d`; names and state stay."""
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = SyncBatchNorm2d
+
+
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     """Random crop of the image padded with 4 black pixels, and random horizontal flip, image by image."""
     n, _, height, width = images.shape
     padded = F.pad(images, (4, 4, 4, 4))
-    top, left = (torch.randint(0, 9, (n, 1), device=images.device) for _ in range(2))
-    rows = top + torch.arange(height, device=images.device)
-    columns = left + torch.arange(width, device=images.device)
-    flip = torch.rand(n, 1, device=images.device) < 0.5
+    top, left = (torch.randint(0, 9, (n, 1), generator=generator) for _ in range(2))
+    rows = top + torch.arange(height)
+    columns = left + torch.arange(width)
+    flip = torch.rand(n, 1, generator=generator) < 0.5
     columns = torch.where(flip, columns.flip(1), columns)
-    sample = torch.arange(n, device=images.device)[:, None, None]
+    sample = torch.arange(n)[:, None, None]
     return padded[sample, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def mean_evaluations(records: list[SolveRecord]) -> dict[str, float]:
-    """Mean evaluations per image, by layer and direction: {"features.deq1 forward": 7.2, ...}."""
-    totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    for record in records:
-        total = totals[f"{record.layer} {record.direction}"]
-        total[0] += record.evaluations.sum().item()
-        total[1] += len(record.evaluations)
-    return {key: round(total / count, 2) for key, (total, count) in totals.items()}
+def batches(count: int, size: int, least: int, seed: int, epoch: int) -> list[Tensor]:
+    """Indices of the batches of an epoch: a function of its arguments, so that a run can be resumed at any of them.
+
+    A last batch of fewer than `least` images is left out: every process needs one, and BatchNorm two.
+    """
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+    return [batch for batch in order.split(size) if len(batch) >= least]
 
 
-def train(
-    accelerator: Accelerator,
-    model: torch.nn.Module,
-    dataset: Dataset,
-    recipe: Recipe,
-    images: Tensor,
-    labels: Tensor,
-    seed: int,
-    log: Path,
-) -> None:
-    """Train in place; appends a line per epoch to `log`."""
-    loader = DataLoader(
-        Images(images, labels),
-        batch_size=recipe.batch_size,
-        shuffle=True,
-        # BatchNorm cannot learn from a single image of the linear nets.
-        drop_last=len(images) % recipe.batch_size == 1,
-        collate_fn=lambda batch: batch,
-        generator=torch.Generator().manual_seed(seed),
-    )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
-    prepared, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    for epoch in range(1, recipe.epochs + 1):
-        if epoch == recipe.lr_decay_epoch + 1:
-            for group in optimizer.param_groups:
-                group["lr"] *= recipe.lr_decay_factor
-        prepared.train()
-        start = time.perf_counter()
-        loss_sum = correct = seen = 0.0
-        bar = tqdm(loader, desc=f"epoch {epoch}/{recipe.epochs}", leave=False, disable=not accelerator.is_main_process)
-        with record_solves(model) as records:
-            for step, (batch, target) in enumerate(bar):
-                x = normalize(augment(batch) if recipe.augmentation else batch, dataset)
-                optimizer.zero_grad()
-                logits = prepared(x)
-                loss = F.cross_entropy(logits, target)
-                accelerator.backward(loss)
-                optimizer.step()
-                loss_sum += loss.item() * len(target)
-                correct += (logits.argmax(1) == target).sum().item()
-                seen += len(target)
-                if step % 50 == 0:
-                    bar.set_postfix(loss=f"{loss_sum / seen:.4f}", acc=f"{100 * correct / seen:.2f}")
-        line = {
-            "epoch": epoch,
-            "lr": optimizer.param_groups[0]["lr"],
-            "train_loss": round(loss_sum / seen, 5),
-            "train_top1": round(100 * correct / seen, 3),
-            "evaluations": mean_evaluations(records),
-            "unconverged": sum(int((record.status != 0).sum()) for record in records),
-            "seconds": round(time.perf_counter() - start, 1),
-        }
-        if accelerator.is_main_process:
-            with log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-            tqdm.write(
-                f"epoch {epoch}: loss {line['train_loss']}, accuracy {line['train_top1']} %, {line['evaluations']}"
+class Progress:
+    """How far a run has come, and the sums of the epoch that it is in; over all processes once they are gathered."""
+
+    def __init__(self) -> None:
+        self.epoch = 1
+        self.step = 0  # optimiser steps of this epoch
+        self.updates = 0  # of all epochs
+        self.sums: dict[str, float] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "step": self.step, "updates": self.updates, "sums": dict(self.sums)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch, self.step, self.updates = state["epoch"], state["step"], state["updates"]
+        self.sums = dict(state["sums"])
+
+    def add(self, **values: float) -> None:
+        for key, value in values.items():
+            self.sums[key] = self.sums.get(key, 0.0) + value
+
+    def add_solves(self, records: list[SolveRecord]) -> None:
+        for record in records:
+            key = f"{record.layer} {record.direction}"
+            failed = float((record.status != 0).sum())
+            self.add(
+                **{key: float(record.evaluations.sum()), f"{key} n": len(record.evaluations), "unconverged": failed}
             )
 
+    def evaluations(self) -> dict[str, float]:
+        """Mean evaluations per image, by layer and direction: {"features.deq1 forward": 7.2, ...}."""
+        keys = sorted((key for key in self.sums if f"{key} n" in self.sums), key=lambda key: ("backward" in key, key))
+        return {key: round(self.sums[key] / self.sums[f"{key} n"], 2) for key in keys}
 
-def results_row(
-    name: str, measured: dict[str, Any], recipe: Recipe, seed: int, tol: float, hours: float, device: str, file: Path
-) -> dict[str, Any]:
-    """The row of `results.csv`, columns as in `pcdeq_zoo.weights.results`."""
-    variant = VARIANTS[name]
-    row = {
-        **measured,
-        "model": f"{name}.{TAG}",
-        "top1_err": round(100 - measured["top1"], 4),
-        "top5_err": round(100 - measured["top5"], 4),
-        "param_count": round(variant.parameters / 1e6, 6),
-        "img_size": variant.dataset.input_size[-1],
-        "crop_pct": 1.0,
-        "interpolation": "bilinear",
-        "paper_top1": variant.paper_accuracy,
-        "epochs": recipe.epochs,
-        "seed": seed,
-        "tol": tol,
-        "commit": _commit(),
-        "hardware": device,
-        "hours": round(hours, 2),
-        "bytes": file.stat().st_size,
-        "sha256": sha256(file),
-    }
-    return {column: row[column] for column in RESULT_COLUMNS}
+
+@dataclasses.dataclass
+class Run:
+    """One training: what is trained, how, on what, and where it is kept."""
+
+    accelerator: Accelerator
+    model: nn.Module
+    name: str
+    recipe: Recipe
+    images: Tensor
+    labels: Tensor
+    seed: int
+    grad_accum: int
+    save_every: int | None
+    output: Path
+
+    def __post_init__(self) -> None:
+        if self.accelerator.num_processes > 1:
+            synchronize_batch_norm(self.model)
+        recipe = self.recipe
+        self.progress = Progress()
+        self.ema = ModelEmaV3(self.model, decay=recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+        self.prepared, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        self.accelerator.register_for_checkpointing(self.progress, *([self.ema.module] if self.ema else []))
+
+    # --- state ---
+
+    def save(self) -> None:
+        """Write the state under a temporary name, rename it, and remove the one before."""
+        self.gather()
+        main, folder = self.accelerator.is_main_process, self.output / "state"
+        name = f"epoch-{self.progress.epoch:04}-step-{self.progress.step:06}"
+        temporary = folder / f".{name}"
+        if main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(temporary))
+        self.accelerator.wait_for_everyone()
+        if main and not (folder / name).exists():
+            temporary.rename(folder / name)
+            for other in folder.iterdir():
+                if other.name != name:
+                    shutil.rmtree(other)
+        self.accelerator.wait_for_everyone()
+
+    def resume(self, state: Path) -> None:
+        """Go back to a saved state; the log's lines of later epochs go."""
+        self.accelerator.load_state(str(state))
+        if not self.accelerator.is_main_process:  # or the sums of all would be counted once more by each
+            self.progress.sums = dict.fromkeys(self.progress.sums, 0.0)
+        log = self.output / "log.jsonl"
+        if self.accelerator.is_main_process and log.exists():
+            lines = [
+                line for line in log.read_text("utf-8").splitlines() if json.loads(line)["epoch"] < self.progress.epoch
+            ]
+            temporary = log.with_suffix(".tmp")
+            temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            temporary.replace(log)
+
+    def gather(self) -> None:
+        """Make the sums of this process those of all, and leave them with the first."""
+        keys = list(self.progress.sums)
+        values = torch.tensor([self.progress.sums[key] for key in keys], dtype=torch.float64)
+        total = self.accelerator.reduce(values.to(self.accelerator.device), "sum").tolist()
+        first = self.accelerator.is_main_process
+        self.progress.sums = {key: value if first else 0.0 for key, value in zip(keys, total, strict=True)}
+
+    # --- training ---
+
+    def train(self) -> None:
+        """Train from where the run is to its end; a line per epoch in the log, and the state as often as asked."""
+        while self.progress.epoch <= self.recipe.epochs:
+            self._train_epoch()
+            self.progress.epoch, self.progress.step, self.progress.sums = self.progress.epoch + 1, 0, {}
+            self.save()
+
+    def _train_epoch(self) -> None:
+        accelerator, progress, recipe = self.accelerator, self.progress, self.recipe
+        world = accelerator.num_processes
+        group = recipe.batch_size * self.grad_accum
+        steps = batches(len(self.images), group, max(2, world), self.seed, progress.epoch)
+        self.prepared.train()
+        start = time.perf_counter()
+        bar = tqdm(
+            total=len(steps),
+            initial=progress.step,
+            desc=f"epoch {progress.epoch}/{recipe.epochs}",
+            leave=False,
+            disable=not accelerator.is_main_process,
+        )
+        with bar:
+            while progress.step < len(steps):
+                for parameters in self.optimizer.param_groups:
+                    parameters["lr"] = recipe.learning_rate(progress.epoch - 1 + progress.step / len(steps))
+                self._step(steps[progress.step])
+                progress.step += 1
+                bar.update()
+                if progress.step % 20 == 0:
+                    bar.set_postfix(self._summary(), refresh=False)
+                if self.save_every and progress.step % self.save_every == 0 and progress.step < len(steps):
+                    progress.add(seconds=(time.perf_counter() - start) * accelerator.is_main_process)
+                    start = time.perf_counter()
+                    self.save()
+        progress.add(seconds=(time.perf_counter() - start) * accelerator.is_main_process)
+        self.gather()
+        self._log()
+
+    def _step(self, indices: Tensor) -> None:
+        """One optimiser step on the images of all processes, as one process would do it."""
+        accelerator, recipe = self.accelerator, self.recipe
+        self.optimizer.zero_grad()
+        # What is random in a step depends on the run's seed and the step alone.
+        progress = self.progress
+        generator = torch.Generator().manual_seed(hash((self.seed, progress.epoch, progress.step)) % 2**63)
+        parts = [part for part in indices.split(recipe.batch_size) if len(part) >= max(2, accelerator.num_processes)]
+        count = sum(len(part) for part in parts)
+        for last, part in zip([*[False] * (len(parts) - 1), True], parts, strict=True):
+            batch = augment(self.images[part], generator) if recipe.augmentation else self.images[part]
+            mine = slice(accelerator.process_index, None, accelerator.num_processes)
+            x = normalize(batch[mine].to(accelerator.device), VARIANTS[self.name].dataset)
+            target = self.labels[part][mine].to(accelerator.device)
+            with record_solves(self.model) as records, nullcontext() if last else accelerator.no_sync(self.prepared):
+                with accelerator.autocast():
+                    logits = self.prepared(x).float()
+                    loss = F.cross_entropy(logits, target, reduction="sum", label_smoothing=recipe.label_smoothing)
+                # DistributedDataParallel divides by the number of processes.
+                accelerator.backward(loss * (accelerator.num_processes / count))
+            correct = (logits.argmax(1) == target).sum()
+            progress.add(loss=loss.item(), correct=correct.item(), images=len(target))
+            progress.add_solves(records)
+        self.optimizer.step()
+        progress.updates += 1
+        if self.ema:
+            self.ema.update(self.model, progress.updates)
+
+    def _summary(self) -> dict[str, str]:
+        sums = self.progress.sums
+        numbers: dict[str, list[str]] = {"forward": [], "backward": []}
+        for key, value in self.progress.evaluations().items():
+            numbers[key.split()[-1]].append(f"{value:.1f}")
+        return {
+            "loss": f"{sums['loss'] / sums['images']:.4f}",
+            "acc": f"{100 * sums['correct'] / sums['images']:.2f}",
+            **{direction: "/".join(values) for direction, values in numbers.items()},
+        }
+
+    def _log(self) -> None:
+        sums = self.progress.sums
+        if not self.accelerator.is_main_process:
+            return
+        line: dict[str, Any] = {
+            "epoch": self.progress.epoch,
+            "lr": float(f"{self.optimizer.param_groups[0]['lr']:.4g}"),
+            "train_loss": round(sums["loss"] / sums["images"], 5),
+            "train_top1": round(100 * sums["correct"] / sums["images"], 3),
+            "evaluations": self.progress.evaluations(),
+            "unconverged": int(sums["unconverged"]),
+            "seconds": round(sums["seconds"], 1),
+        }
+        # Figure 4 of the paper: above 1, Banach's theorem says nothing of the layer, and the paper's still does.
+        if dense := [module for module in self.model.modules() if isinstance(module, PcDEQLinear)]:
+            with torch.no_grad():
+                line["largest_singular_value"] = round(torch.linalg.matrix_norm(dense[0].weight, 2).item(), 4)
+        with (self.output / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        flat = {"loss": line["train_loss"], "accuracy": line["train_top1"], "lr": line["lr"], **line["evaluations"]}
+        self.accelerator.log(flat, step=self.progress.epoch)
+        tqdm.write(f"epoch {line['epoch']}: {self._summary()}, {line['seconds']} s")
+
+    def write_weights(self) -> None:
+        """Write model.safetensors, the moving average where the recipe has one."""
+        file = self.output / "model.safetensors"
+        temporary = file.with_suffix(".tmp")
+        model = self.ema.module if self.ema else self.model
+        state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+        save_file(state, temporary, metadata={"format": "pt", "architecture": self.name})
+        temporary.chmod(0o644)  # safetensors writes files that only their owner can read
+        temporary.replace(file)
 
 
 def hardware(accelerator: Accelerator) -> str:
@@ -176,87 +339,150 @@ def hardware(accelerator: Accelerator) -> str:
     return f"{threads} {accelerator.device.type.upper()} thread{'s' * (threads > 1)}"
 
 
-def _commit() -> str:
+def commit() -> str:
     """Commit of this code, for the record; empty outside a git checkout."""
+    command = ["git", "rev-parse", "--short=12", "HEAD"]
     try:
         return subprocess.run(
-            ["git", "rev-parse", "--short=12", "HEAD"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
 
 
+def state_to_resume(output: Path, settings: dict[str, Any], resume: str | None) -> Path | None:
+    """Check the folder of a run, and find the state to go on from; None to start.
+
+    Raises:
+        SystemExit: A folder that holds a run and was not to be resumed, a state that is not there, or one of a run
+            with other settings.
+    """
+    record = output / "run.json"
+    if resume is None or not record.exists():
+        if resume not in (None, "latest"):
+            raise SystemExit(f"no run to resume in {output}: it has no run.json")
+        if output.exists() and any(output.iterdir()):
+            raise SystemExit(f"{output} already holds a run; give another --output, --resume it, or remove it")
+        return None
+    before = json.loads(record.read_text("utf-8"))
+    free = ("commit", "hardware")  # may change on the way
+    if other := [key for key in settings if key not in free and settings[key] != before.get(key)]:
+        found = ", ".join(f"{key} {before.get(key)!r} there, {settings[key]!r} here" for key in other)
+        raise SystemExit(f"{output} holds a run with other settings: {found}")
+    if resume != "latest":
+        if not Path(resume).is_dir():
+            raise SystemExit(f"no state {resume} to resume from; --resume alone takes the newest of {output}")
+        return Path(resume)
+    return max((output / "state").glob("epoch-*"), default=None)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="name in the zoo, e.g. pcdeq1_l_tanh_mnist")
-    parser.add_argument("--data", help="folder, 'sample' or 'hub' (default: below $PCDEQ_ZOO_DATA, else the Hub)")
-    parser.add_argument("--output", type=Path, help="folder for the run (default: runs/<model>)")
-    parser.add_argument("--epochs", type=int, help="default: the paper's; the decay moves along in proportion")
-    parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--lr", type=float)
-    parser.add_argument("--weight-decay", type=float)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit-train", type=int, help="train on the first N images only")
+    add = parser.add_argument
+    add("--model", required=True, help="name in the zoo, e.g. pcdeq1_l_tanh_mnist")
+    add("--recipe", choices=("paper", "zoo"), default="paper", help="default: paper")
+    add("--data", help="folder, 'sample' or 'hub' (default: below $PCDEQ_ZOO_DATA, else the Hub)")
+    add("--output", type=Path, help="folder for the run (default: runs/<model>.<recipe>)")
+    add(
+        "--resume", nargs="?", const="latest", metavar="STATE", help="go on from the newest state of --output, or STATE"
+    )
+    add("--save-every", type=int, metavar="STEPS", help="save the state also within epochs")
+    add("--eval-only", action="store_true", help="measure the finished run in --output again, and train nothing")
+    add("--epochs", type=int, help="default: the recipe's; its schedule moves along in proportion")
+    add("--batch-size", type=int, help="images per forward, over all processes (default: the recipe's)")
+    add("--grad-accum", type=int, default=1, metavar="N", help="forwards per optimizer step (default: 1)")
+    add("--lr", type=float, help="default: the recipe's")
+    add("--weight-decay", type=float, help="default: the recipe's")
+    add("--mixed-precision", choices=("no", "bf16"), help="default: accelerate's; equilibria are solved in float32")
+    add("--seed", type=int, default=0)
+    add("--limit-train", type=int, metavar="N", help="train on the first N images only")
+    add("--hold-out", type=int, metavar="N", help="measure on the last N training images, and leave the test set alone")
+    add("--report-to", choices=("tensorboard",), help="beside log.jsonl")
+    add("--cpu", action="store_true", help="even where there is a GPU")
+    add("--processes", type=int, metavar="N", help="refuse to run as any other number of processes")
     args = parser.parse_args()
     if args.model not in VARIANTS:
         parser.error(f"unknown model {args.model}; the zoo has {', '.join(VARIANTS)}")
-    for flag in ("epochs", "batch_size", "lr", "limit_train"):
+    for flag in ("epochs", "batch_size", "lr", "limit_train", "hold_out", "grad_accum", "save_every", "processes"):
         if (value := getattr(args, flag)) is not None and value <= 0:
             parser.error(f"--{flag.replace('_', '-')} must be above 0, got {value}")
 
     variant = VARIANTS[args.model]
-    recipe = variant.recipe
+    recipe = variant.recipes[args.recipe]
     if args.epochs:
-        decay = round(recipe.lr_decay_epoch * args.epochs / recipe.epochs)
+        decay = recipe.lr_decay_epoch and round(recipe.lr_decay_epoch * args.epochs / recipe.epochs)
         recipe = dataclasses.replace(recipe, epochs=args.epochs, lr_decay_epoch=decay)
     chosen = {name: getattr(args, name) for name in ("batch_size", "lr", "weight_decay")}
     recipe = dataclasses.replace(recipe, **{name: value for name, value in chosen.items() if value is not None})
 
-    accelerator = Accelerator()
-    if (wanted := int(os.environ.get("WORLD_SIZE", 1))) != accelerator.num_processes:
-        raise SystemExit(f"launched as {wanted} processes, but accelerate runs {accelerator.num_processes} here")
-    output = args.output or Path("runs") / args.model
-    if output.exists() and any(output.iterdir()):
-        raise SystemExit(f"{output} already holds a run; give another --output, or remove it")
+    output = args.output or Path("runs") / f"{args.model}.{args.recipe}"
+    accelerator = Accelerator(
+        cpu=args.cpu, mixed_precision=args.mixed_precision, log_with=args.report_to, project_dir=output
+    )
+    launched = args.processes or int(os.environ.get("WORLD_SIZE", 1))
+    if launched != accelerator.num_processes:
+        raise SystemExit(f"launched as {launched} processes, but accelerate runs {accelerator.num_processes} here")
+    if accelerator.mixed_precision == "fp16":
+        raise SystemExit(
+            "mixed precision fp16 is float32 without a word on CPUs, and not tried on GPUs; use bf16 or no"
+        )
     try:
+        if args.eval_only:
+            print(json.dumps(measure_run(output, args.data, accelerator.device)))
+            return
         images, labels = load(variant.dataset, "train", args.data)
-        test_images, test_labels = load(variant.dataset, "test", args.data)
-    except DataError as error:
-        raise SystemExit(f"no data: {error}") from error
+    except (DataError, WeightsError) as error:
+        raise SystemExit(f"no data: {error}" if isinstance(error, DataError) else str(error)) from error
+    if args.hold_out:
+        if args.hold_out >= len(images):
+            raise SystemExit(f"--hold-out {args.hold_out} leaves nothing of {len(images)} training images")
+        images, labels = images[: -args.hold_out], labels[: -args.hold_out]
     images, labels = images[: args.limit_train], labels[: args.limit_train]
-    accelerator.wait_for_everyone()  # before anyone creates the folder that the others look for
-    output.mkdir(parents=True, exist_ok=True)
 
-    set_seed(args.seed)
-    model = timm.create_model(args.model, **SOLVES)
-    print(f"{args.model} on {len(images)} images, {accelerator.num_processes} x {accelerator.device}: {recipe}")
-    train(accelerator, model, variant.dataset, recipe, images, labels, args.seed, output / "log.jsonl")
-
+    settings = {
+        "model": args.model,
+        "tag": args.recipe,
+        "recipe": dataclasses.asdict(recipe),
+        "grad_accum": args.grad_accum,
+        "mixed_precision": accelerator.mixed_precision,
+        "seed": args.seed,
+        "images": len(images),
+        "hold_out": args.hold_out,
+        "commit": commit(),
+        "hardware": hardware(accelerator),
+    }
+    state = state_to_resume(output, settings, args.resume)
+    accelerator.wait_for_everyone()  # all have looked, before the first creates what they looked for
+    if accelerator.is_main_process and not (output / "run.json").exists():
+        (output / "state").mkdir(parents=True, exist_ok=True)
+        (output / "run.json.tmp").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        (output / "run.json.tmp").replace(output / "run.json")
+    accelerator.wait_for_everyone()
+    if args.report_to:
+        accelerator.init_trackers("tensorboard")
+    if not (output / "model.safetensors").exists():
+        set_seed(args.seed)
+        model = timm.create_model(args.model, stop=recipe.stop, tol=recipe.tol)
+        run = Run(
+            accelerator, model, args.model, recipe, images, labels, args.seed, args.grad_accum, args.save_every, output
+        )
+        accelerator.print(
+            f"{args.model} on {len(images)} images, {accelerator.num_processes} x {accelerator.device}: {recipe}"
+        )
+        if state:
+            run.resume(state)
+            accelerator.print(f"resumed from {state}")
+        run.train()
+        if accelerator.is_main_process:
+            run.write_weights()
     if accelerator.is_main_process:
-        file = output / "model.safetensors"
-        temporary = file.with_suffix(".tmp")
-        state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-        save_file(state, temporary, metadata={"format": "pt", "architecture": args.model, "tag": TAG})
-        temporary.chmod(0o644)  # safetensors writes files that only their owner can read
-        temporary.replace(file)
-        # Measured on the file, as a user loads it.
-        saved = timm.create_model(args.model, pretrained=True, pretrained_cfg_overlay={"file": str(file)})
-        saved.to(accelerator.device)
-        measured = evaluate(saved, variant.dataset, test_images, test_labels)
-        hours = sum(json.loads(line)["seconds"] for line in (output / "log.jsonl").open()) / 3600
-        row = results_row(args.model, measured, recipe, args.seed, saved.solver.tol, hours, hardware(accelerator), file)
-        with (output / "results.csv").open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, RESULT_COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerow(row)
-        whole = len(test_images) == DATASETS[variant.dataset.name].sizes["test"]
+        row = measure_run(output, args.data, accelerator.device)
+        shutil.rmtree(output / "state", ignore_errors=True)
+        whole = row["n"] == variant.dataset.sizes["test"] and not args.hold_out
+        where = "held-out" if args.hold_out else "test" if whole else "sample"
         print(
-            f"test accuracy {measured['top1']:.2f} % on {measured['n']} images"
-            f"{f' (paper: {variant.paper_accuracy} %)' if whole else ' of the sample'}; written to {file}"
+            f"accuracy {row['top1']:.2f} % on {row['n']} {where} images"
+            f"{f' (paper: {variant.paper_accuracy} %)' if whole else ''}; written to {output / 'model.safetensors'}"
         )
     accelerator.end_training()
 

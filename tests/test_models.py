@@ -59,13 +59,13 @@ def test_the_variants_are_those_of_the_paper():
             "channels": list(variant.channels),
             "parameters": variant.parameters,
             "paper_accuracy": variant.paper_accuracy,
-            "epochs": variant.recipe.epochs,
-            "lr": variant.recipe.lr,
-            "lr_decay_epoch": variant.recipe.lr_decay_epoch,
-            "lr_decay_factor": variant.recipe.lr_decay_factor,
-            "weight_decay": variant.recipe.weight_decay,
-            "batch_size": variant.recipe.batch_size,
-            "augmentation": variant.recipe.augmentation,
+            "epochs": variant.recipes["paper"].epochs,
+            "lr": variant.recipes["paper"].lr,
+            "lr_decay_epoch": variant.recipes["paper"].lr_decay_epoch,
+            "lr_decay_factor": variant.recipes["paper"].lr_decay_factor,
+            "weight_decay": variant.recipes["paper"].weight_decay,
+            "batch_size": variant.recipes["paper"].batch_size,
+            "augmentation": variant.recipes["paper"].augmentation,
         }
         assert ours == {key: row[key] for key in ours}
 

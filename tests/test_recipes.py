@@ -1,18 +1,25 @@
 """The recipes as their users run them: real processes on the sample, and documents that match the data."""
 
 import csv
+import io
 import json
 import re
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import evaluate
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import report
 import timm
 import torch
 import train
+from PIL import Image
 from safetensors.torch import load_file
 from ship import ship
 from torch.nn import functional as F
@@ -26,11 +33,26 @@ SHORT = f"recipes/train.py --model {NAME} --data sample --epochs 2 --limit-train
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def launch(arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a recipe as the README says."""
-    command = [str(Path(sys.executable).with_name("accelerate")), "launch", "--num_processes=1", "--num_machines=1"]
-    command += ["--mixed_precision=no", "--dynamo_backend=no", *arguments.split()]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def command(arguments: str, processes: int = 1) -> list[str]:
+    """A recipe as the README says to run it."""
+    launcher = [str(Path(sys.executable).with_name("accelerate")), "launch", "--num_machines=1", "--mixed_precision=no"]
+    launcher += ["--dynamo_backend=no", f"--num_processes={processes}"]
+    if processes > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            launcher += ["--multi_gpu", f"--main_process_port={free.getsockname()[1]}"]
+        arguments += f" --cpu --processes {processes}"
+    return [*launcher, *arguments.split()]
+
+
+def launch(arguments: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(arguments, processes), cwd=ROOT, capture_output=True, text=True)
+
+
+def log_of(run: Path) -> list[dict]:
+    """The log, without what no two runs share."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
 @pytest.fixture
@@ -56,20 +78,23 @@ def run(tmp_path_factory) -> Path:
     done = launch(f"{SHORT} --output {output}")
     assert done.returncode == 0, done.stderr
     assert "epoch 2" in done.stdout
-    assert re.search(r"test accuracy \d\d\.\d\d % on 400 images", done.stdout)
+    assert re.search(r"accuracy \d\d\.\d\d % on 400 sample images", done.stdout)
     assert "0%|" in done.stderr  # the progress bar
     return output
 
 
 def test_what_a_run_leaves(run: Path):
-    assert sorted(file.name for file in run.iterdir()) == ["log.jsonl", "model.safetensors", "results.csv"]
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert sorted(file.name for file in run.iterdir()) == ["log.jsonl", "model.safetensors", "results.csv", "run.json"]
+    log = log_of(run)
     assert [line["epoch"] for line in log] == [1, 2]
     assert log[1]["train_loss"] < log[0]["train_loss"]
     assert [line["lr"] for line in log] == [1e-3, 1e-3]  # the decay, after 1.5 of 2 epochs, is rounded up
     assert set(log[0]["evaluations"]) == {"features.deq1 forward", "features.deq1 backward"}
     assert all(value > 1 for value in log[1]["evaluations"].values())
     assert log[1]["unconverged"] == 0
+    model = timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay={"file": str(run / "model.safetensors")})
+    norm = torch.linalg.svdvals(model.features.deq1.weight.detach().double())[0].item()
+    assert log[1]["largest_singular_value"] == pytest.approx(norm, abs=1e-4)
 
     with (run / "results.csv").open(newline="") as file:
         (row,) = csv.DictReader(file)
@@ -77,10 +102,15 @@ def test_what_a_run_leaves(run: Path):
     assert row["sha256"] == sha256(run / "model.safetensors")
     assert (run / "model.safetensors").stat().st_mode & 0o777 == 0o644
     assert float(row["top1"]) > 50  # 20 steps from chance
+    assert (row["epochs"], row["seed"], row["hardware"].split()[1]) == ("2", "0", "CPU")
     done = launch(f"recipes/evaluate.py --model {NAME} --data sample --checkpoint {run / 'model.safetensors'}")
     assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout)
     assert {key: str(value) for key, value in measured.items()} == {key: row[key] for key in measured}
+    before = (run / "results.csv").read_bytes()
+    (run / "results.csv").unlink()
+    assert launch(f"recipes/evaluate.py --run {run} --data sample").returncode == 0
+    assert (run / "results.csv").read_bytes() == before
 
 
 def test_the_result_loads_through_timm(run: Path):
@@ -99,11 +129,123 @@ def test_the_seed_makes_it_reproducible(run: Path, tmp_path):
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_and_resumed_is_as_if_nothing_had_happened(tmp_path, processes: int):
+    """kill -9 in the middle of an epoch: the same bits in the end, and the same log."""
+    arguments = (
+        "recipes/train.py --model pcdeq1_mc_tanh_mnist --recipe zoo --data sample --epochs 2 --limit-train 600 "
+        "--save-every 2 --batch-size 60 --grad-accum 2 --output "
+    )
+    whole = launch(f"{arguments}{tmp_path / 'whole'}", processes)
+    assert whole.returncode == 0, whole.stderr
+
+    broken = tmp_path / "broken"
+    process = subprocess.Popen(
+        command(f"{arguments}{broken}", processes),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    state = broken / "state" / "epoch-0002-step-000002"
+    while not state.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    launcher = psutil.Process(process.pid)
+    for each in [launcher, *launcher.children(recursive=True)]:
+        each.kill()
+    process.wait()
+    assert not (broken / "model.safetensors").exists()
+
+    resumed = launch(f"{arguments}{broken} --resume", processes)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resumed from" in resumed.stdout
+    one, two = (load_file(run / "model.safetensors") for run in (tmp_path / "whole", broken))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert log_of(tmp_path / "whole") == log_of(broken)
+    assert not (broken / "state").exists()
+
+
+def test_two_processes_give_what_one_gives(run: Path, tmp_path):
+    done = launch(f"{SHORT} --output {tmp_path / 'two'}", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert "2 x cpu" in done.stdout
+    one, two = (load_file(folder / "model.safetensors") for folder in (run, tmp_path / "two"))
+    for name in one:
+        # BatchNorm takes this bias away again: its gradient is rounding error, which Adam scales to a full step.
+        if name not in ("features.conv1.bias", "features.prenorm1.running_mean"):
+            torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-6)
+    for first, second in zip(log_of(run), log_of(tmp_path / "two"), strict=True):
+        assert first["train_loss"] == pytest.approx(second["train_loss"], rel=1e-4)
+
+
+def test_one_process_instead_of_two_is_refused(tmp_path):
+    """`accelerate launch --cpu --num_processes 2` starts one, without a word."""
+    launcher = [str(Path(sys.executable).with_name("accelerate")), "launch", "--cpu", "--num_processes=2"]
+    launcher += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    arguments = f"{SHORT} --output {tmp_path / 'run'} --processes 2"
+    done = subprocess.run([*launcher, *arguments.split()], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "launched as 2 processes, but accelerate runs 1 here" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_finished_run_is_never_overwritten(run: Path, refuse):
     before = sha256(run / "model.safetensors")
     message = refuse(train.main, f"--model {NAME} --data sample --epochs 1 --output {run}")
-    assert message == f"{run} already holds a run; give another --output, or remove it"
+    assert message == f"{run} already holds a run; give another --output, --resume it, or remove it"
+    message = refuse(train.main, f"--model {NAME} --data sample --epochs 1 --limit-train 640 --output {run} --resume")
+    assert message.startswith(f"{run} holds a run with other settings: recipe {{'epochs': 2, ")
     assert sha256(run / "model.safetensors") == before
+
+
+def test_what_is_held_out_and_a_small_set_in_the_layout_of_svhn(tmp_path):
+    """There is no SVHN here; its recipe and evaluation run on images that are made up."""
+    folder = tmp_path / "svhn"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 160), ("test", 40)):
+        rows = []
+        for index in range(count):
+            pixels = torch.randint(0, 256, (32, 32, 3), generator=generator, dtype=torch.uint8).numpy()
+            stream = io.BytesIO()
+            Image.fromarray(pixels).save(stream, "PNG")
+            rows.append({"image": {"bytes": stream.getvalue(), "path": None}, "label": index % 10})
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"{split}-00000-of-00001.parquet")
+    arguments = f"recipes/train.py --model pcdeq1_mc_softsign_svhn --data {folder} --epochs 1 --hold-out 60"
+    done = launch(f"{arguments} --output {tmp_path / 'run'} --report-to tensorboard")
+    assert done.returncode == 0, done.stderr
+    assert "on 100 images" in done.stdout
+    assert re.search(r"accuracy \d+\.\d\d % on 60 held-out images", done.stdout)
+    assert (tmp_path / "run" / "held_out.csv").exists()
+    assert not (tmp_path / "run" / "results.csv").exists()
+    assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+    with pytest.raises(SystemExit, match=r"it has no results.csv"):
+        ship(tmp_path / "run")
+
+
+def test_batches_are_a_function_of_seed_and_epoch():
+    first, again, other = (train.batches(103, 10, 4, *key) for key in ((0, 1), (0, 1), (0, 2)))
+    assert [len(batch) for batch in first] == [10] * 10  # the last three are too few
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(torch.cat(first), torch.cat(other))
+    assert len(torch.cat(train.batches(103, 10, 2, 0, 1)).unique()) == 103
+
+
+def test_learning_rates():
+    paper, zoo = (VARIANTS["pcdeq1_mc_relu6_cifar"].recipes[tag] for tag in ("paper", "zoo"))
+    assert [paper.learning_rate(passes) for passes in (0, 39.99, 40, 49)] == pytest.approx([7e-4, 7e-4, 7e-5, 7e-5])
+    rise, end = zoo.warmup * zoo.epochs, zoo.epochs
+    wanted = [zoo.lr / 25, zoo.lr, zoo.lr / 2, 0]
+    assert [zoo.learning_rate(p) for p in (0, rise, (rise + end) / 2, end)] == pytest.approx(wanted)
+    assert zoo.learning_rate(rise / 2) == pytest.approx(zoo.lr * 0.52)
+
+
+def test_calibration_error():
+    confidence = torch.tensor([0.62, 0.64, 0.91, 0.93, 1.0])
+    correct = torch.tensor([True, False, True, True, False])
+    # Bins of 1/15: 0.62 and 0.64 share (0.6, 0.667], 0.91 and 0.93 (0.867, 0.933], 1.0 has (0.933, 1].
+    by_hand = (2 * abs(0.63 - 0.5) + 2 * abs(0.92 - 1) + abs(1.0 - 0)) / 5
+    assert evaluate.calibration_error(confidence, correct) == pytest.approx(by_hand, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -112,6 +254,9 @@ def test_a_finished_run_is_never_overwritten(run: Path, refuse):
         ("--epochs 0", "--epochs must be above 0, got 0"),
         ("--lr -1", "--lr must be above 0, got -1.0"),
         ("--limit-train 0", "--limit-train must be above 0, got 0"),
+        ("--hold-out 1600", "--hold-out 1600 leaves nothing of 1600 training images"),
+        ("--resume /no/such/state", "no run to resume in"),
+        ("--eval-only", "is not a run of train.py: it has no run.json"),
         ("--model resnet18", "unknown model resnet18; the zoo has pcdeq1_l_relu6_mnist, "),
         ("--data /no/such/folder", "no data folder /no/such/folder"),
         ("--model pcdeq1_mc_tanh_cifar", "no CIFAR-10 sample ships with the package"),
@@ -171,7 +316,8 @@ class TestShip:
 
 def test_augmentation_crops_and_flips_each_image_by_itself():
     images = torch.arange(1, 3 * 32 * 32 + 1).view(1, 3, 32, 32).repeat(64, 1, 1, 1)
-    augmented = train.augment(images)
+    augmented = train.augment(images, torch.Generator().manual_seed(0))
+    assert torch.equal(augmented, train.augment(images, torch.Generator().manual_seed(0)))
     assert augmented.shape == images.shape
     padded = F.pad(images[0], (4, 4, 4, 4))
     crops = [
@@ -193,7 +339,7 @@ def test_tables_match_the_data(document: str):
 
 def test_readme_examples_run():
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    outside = ("digit.png", "theirs.pth", "path/to/")  # need a file of the reader's
+    outside = ("digit.png", "theirs.pth", "path/to/", "NAMESPACE/", "you/")  # need what is the reader's
     runnable = [block for block in blocks if not any(name in block for name in outside)]
     assert len(runnable) == 2
     for block in runnable:

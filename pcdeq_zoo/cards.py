@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from pcdeq_zoo import __version__
-from pcdeq_zoo.variants import VARIANTS, Variant
+from pcdeq_zoo.variants import VARIANTS, Recipe, Variant
 from pcdeq_zoo.weights import CHECKPOINTS, results
 
 __all__ = ["model_card"]
@@ -23,6 +23,14 @@ _INPUTS = {
     "mnist": "28×28 grey digits, white on black, scaled to [0, 1]",
     "svhn": "32×32 colour images of house numbers, normalised per channel",
     "cifar": "32×32 colour photographs of the ten classes of CIFAR-10, normalised per channel",
+}
+
+_REMARKS = {"cifar": " The copy of CIFAR-10 that was used has 155 training and 34 test images\nthat went through JPEG."}
+
+_CRITERIA = {
+    "residual": "a relative change",
+    "estimated": "an estimated relative error",
+    "certified": "a proven relative error",
 }
 
 _CITATION = """@inproceedings{gabor2024pcdeq,
@@ -47,9 +55,10 @@ not by the paper's authors, whose code is [mateuszgabor/pcdeq](https://github.co
 | Top-1, % | {top1:.2f} | {paper_top1} |
 | Top-5, % | {top5:.2f} | – |
 | Cross-entropy, nats | {nll} | – |
+| Expected calibration error, % | {ece} | – |
 
 One run, seed {seed}, last epoch; nothing was chosen on the test set. `results.csv` has all that was measured,
-`log.jsonl` a line per epoch.
+`log.jsonl` a line per epoch.{remark}
 
 ## Model details
 
@@ -94,10 +103,10 @@ proven error was {bound_max}; an image took {evals} evaluations of W on average 
 | | |
 |---|---|
 | Data | {train_size:,} training images of {data} ({terms}){augmentation} |
-| Recipe | the paper's (Tables 5–7): AdamW, cross-entropy, float32, batch size {batch_size} |
-| Learning rate | {lr:g}, times {factor:g} after epoch {decay_epoch} of {epochs} |
+| Recipe | {recipe}: AdamW, cross-entropy{smoothing}, float32, batch size {batch_size} |
+| Learning rate | {schedule} |
 | Weight decay | {decay:g} |
-| Solves in training | per sample, to a relative change of 1e-4, forward and backward; {unconverged} |
+| Solves in training | per sample, to {criterion}, forward and backward; {unconverged} |
 | Evaluations in the last epoch | {log_evaluations} |
 | Last training loss, accuracy | {train_loss}, {train_top1} % |
 | Seed, code | {seed}, commit {commit} |
@@ -136,12 +145,22 @@ def _evaluation(variant: Variant, row: dict[str, str], repository: str, tag: str
     ]
 
 
+def _schedule(recipe: Recipe, epochs: int) -> str:
+    average = f"; moving average of the weights, {recipe.ema_decay:g} per step" if recipe.ema_decay else ""
+    if recipe.lr_decay_epoch is not None:
+        return (
+            f"{recipe.lr:g}, times {recipe.lr_decay_factor:g} after epoch {recipe.lr_decay_epoch} of {epochs}{average}"
+        )
+    return f"one cycle of {epochs} epochs with its peak of {recipe.lr:g} at {recipe.warmup:.0%}{average}"
+
+
 def model_card(checkpoint: str, repository: str, tag: str) -> ModelCard:
     """Card of a "model.tag" that ships, for a Hub repository and its tag; the same text for the same package."""
     row = results()[checkpoint]
     name = checkpoint.split(".")[0]
     variant = VARIANTS[name]
-    dataset, recipe = variant.dataset, variant.recipes[checkpoint.split(".")[1]]
+    tag_of_recipe = checkpoint.split(".")[1]
+    dataset, recipe = variant.dataset, variant.recipes[tag_of_recipe]
     log = [json.loads(line) for line in (CHECKPOINTS / f"{checkpoint}.jsonl").read_text("utf-8").splitlines()]
     unconverged = sum(line["unconverged"] for line in log)
     metadata = ModelCardData(
@@ -164,8 +183,10 @@ def model_card(checkpoint: str, repository: str, tag: str) -> ModelCard:
         top1=float(row["top1"]),
         top5=float(row["top5"]),
         nll=row["nll"],
+        ece=row["ece"],
         paper_top1=row["paper_top1"],
         seed=row["seed"],
+        remark=_REMARKS.get(dataset.name, ""),
         structure=_STRUCTURES[variant.structure].format(", ".join(map(str, variant.channels))),
         activation=variant.activation,
         kind=name[len("pcdeq")],
@@ -184,10 +205,10 @@ def model_card(checkpoint: str, repository: str, tag: str) -> ModelCard:
         train_size=dataset.sizes["train"],
         terms=dataset.terms,
         augmentation=", random crops and horizontal flips" if recipe.augmentation else ", no augmentation",
-        lr=recipe.lr,
-        factor=recipe.lr_decay_factor,
-        decay_epoch=recipe.lr_decay_epoch,
-        epochs=row["epochs"],
+        recipe="the paper's (Tables 5–7)" if tag_of_recipe == "paper" else "the zoo's own",
+        smoothing=f" with label smoothing {recipe.label_smoothing:g}" if recipe.label_smoothing else "",
+        schedule=_schedule(recipe, int(row["epochs"])),
+        criterion=f"{_CRITERIA[recipe.stop]} of {recipe.tol:g}",
         decay=recipe.weight_decay,
         batch_size=recipe.batch_size,
         unconverged=f"{unconverged:,} did not get there" if unconverged else "all got there",

@@ -71,7 +71,8 @@ class Variant:
         channels: Width of each pcDEQ layer.
         parameters: Number of trainable parameters.
         paper_accuracy: Published test accuracy in percent.
-        recipes: How it is trained, by the tag of its checkpoints: "paper" as in the paper's Tables 5-7, "zoo" ours.
+        recipes: How it is trained, by the tag of its checkpoints: "paper" as in the paper's Tables 5-7, "zoo" ours. The
+            first is that of the default checkpoint.
     """
 
     name: str

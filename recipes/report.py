@@ -1,8 +1,9 @@
-"""Bring the tables of the documents up to date with the package's data and benchmarks/results.json.
+"""Bring the tables and figures of the documents up to date with the package, docs/runs and benchmarks/results.json.
 
     python recipes/report.py
 
-A table stands between `<!-- NAME -->` and `<!-- /NAME -->`, NAME being a key of `TABLES`.
+A table stands between `<!-- NAME -->` and `<!-- /NAME -->`, NAME being a key of `TABLES`. The figures are those of the
+paper, drawn from our logs: docs/figures/*.svg, shown in docs/report.md.
 """
 
 from __future__ import annotations
@@ -10,15 +11,50 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from ship import RUNS, recorded
 
 from pcdeq_zoo import VARIANTS
 from pcdeq_zoo.weights import results
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "MODEL_CARD.md", "docs/solver.md")
+DOCUMENTS = ("README.md", "MODEL_CARD.md", "docs/solver.md", "docs/report.md")
+FIGURES = ROOT / "docs" / "figures"
+
+# Published test accuracies of other methods, from Tables 1-3 of https://arxiv.org/abs/2402.04029. They are those of
+# Dupont et al. (2019) for NODE and ANODE, of Winston and Kolter (2020) for monDEQ. A star: larger, with augmentation.
+OTHERS = {
+    "mnist": (
+        ("NODE", "84K", 96.4),
+        ("ANODE", "84K", 98.2),
+        ("monDEQ-L", "84K", 98.1),
+        ("monDEQ-SC", "84K", 99.1),
+        ("monDEQ-MT", "81K", 99.0),
+    ),
+    "svhn": (
+        ("NODE", "172K", 81.0),
+        ("ANODE", "172K", 83.5),
+        ("monDEQ-SC", "172K", 88.7),
+        ("monDEQ-MT", "170K", 92.4),
+    ),
+    "cifar": (
+        ("NODE", "172K", 53.7),
+        ("ANODE", "172K", 60.6),
+        ("monDEQ-SC", "172K", 74.0),
+        ("monDEQ-MT", "170K", 72.0),
+        ("NODE*", "1M", 59.9),
+        ("ANODE*", "1M", 73.4),
+        ("monDEQ-SC*", "854K", 82.0),
+        ("monDEQ-MT*", "1M", 89.0),
+    ),
+}
+_NUMBERS = {"mnist": 1, "svhn": 2, "cifar": 3}
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import tables as benchmark  # noqa: E402
@@ -49,6 +85,100 @@ def checkpoints() -> str:
     return "\n".join(lines)
 
 
+def paper_table(dataset: str) -> str:
+    """Table 1, 2 or 3 of the paper, with our runs beside it: mean ± standard deviation over seeds."""
+    lines = [
+        "| Method | Parameters | Paper, % | Ours, `paper` recipe, % | Ours, `zoo` recipe, % |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    lines += [f"| {method} | {size} | {accuracy:.1f} | | |" for method, size, accuracy in OTHERS[dataset]]
+    runs = recorded()
+    for variant in VARIANTS.values():
+        if variant.dataset.name != dataset:
+            continue
+        cells = [variant.paper_name, f"{variant.parameters:,}", f"{variant.paper_accuracy:.1f}"]
+        for tag in ("paper", "zoo"):
+            found = [float(row["top1"]) for (name, _), row in runs.items() if name == f"{variant.name}.{tag}"]
+            spread = f" ± {statistics.stdev(found):.2f}" if len(found) > 1 else ""
+            count = f" ({len(found)} runs)" if len(found) > 1 else " (1 run)"
+            cells.append(f"{statistics.mean(found):.2f}{spread}{count}" if found else "–")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def groups() -> dict[str, list[str]]:
+    """What is drawn together: the recorded "model.tag" by structure, data set, size and recipe."""
+    found: dict[str, list[str]] = {}
+    for name in dict.fromkeys(name for name, _ in recorded()):
+        model, tag = name.split(".")
+        variant = VARIANTS[model]
+        size = "-large" if model.endswith("_large") else ""
+        found.setdefault(f"{variant.dataset.name}-{variant.structure}{size}-{tag}", []).append(name)
+    return found
+
+
+def gallery() -> str:
+    """The figures, as Markdown."""
+    lines = []
+    for group, names in groups().items():
+        model, tag = names[0].split(".")
+        variant = VARIANTS[model]
+        title = (
+            f"{variant.dataset.title}, {variant.structure.upper()}, {variant.parameters:,} parameters, `{tag}` recipe"
+        )
+        lines += [f"**{title}**", "", f"![{title.replace('`', '')}](figures/{group}.svg)", ""]
+    return "\n".join(lines).rstrip()
+
+
+def draw(group: str, names: list[str], file: Path) -> None:
+    """By epoch: training accuracy, evaluations forward and backward, of dense layers the largest singular value of W.
+
+    Lines are means over seeds and layers, bands the extremes of the seeds.
+    """
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot as plt
+
+    plt.rcParams.update(
+        {"svg.hashsalt": "pcdeq_zoo", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    )
+    panels: list[tuple[str, Callable[[dict[str, Any]], float]]] = [
+        ("Training accuracy, %", lambda line: line["train_top1"]),
+        ("Evaluations forward", lambda line: _mean_evaluations(line, "forward")),
+        ("Evaluations backward", lambda line: _mean_evaluations(line, "backward")),
+    ]
+    logs = {name: [_log(name, seed) for other, seed in recorded() if other == name] for name in names}
+    if all("largest_singular_value" in line for runs in logs.values() for run in runs for line in run):
+        panels.append(("Largest singular value of W", lambda line: line["largest_singular_value"]))
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 2.8), layout="constrained")
+    for axis, (title, value) in zip(axes, panels, strict=True):
+        for name, runs in logs.items():
+            epochs = [line["epoch"] for line in runs[0]]
+            values = [[value(line) for line in lines] for lines in zip(*runs, strict=True)]
+            label = VARIANTS[name.split(".")[0]].activation
+            (drawn,) = axis.plot(epochs, [statistics.mean(v) for v in values], label=label, linewidth=1.2)
+            if len(runs) > 1:
+                low, high = [min(v) for v in values], [max(v) for v in values]
+                axis.fill_between(epochs, low, high, color=drawn.get_color(), alpha=0.2, linewidth=0)
+        axis.set(title=title, xlabel="Epoch")
+    axes[0].legend(frameon=False)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".tmp")
+    figure.savefig(temporary, format="svg", metadata={"Date": None, "Title": group})
+    plt.close(figure)
+    temporary.replace(file)
+
+
+def _mean_evaluations(line: dict[str, Any], direction: str) -> float:
+    return statistics.mean(value for key, value in line["evaluations"].items() if key.endswith(direction))
+
+
+def _log(name: str, seed: int) -> list[dict[str, Any]]:
+    text = (RUNS / f"{name}.seed{seed}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
 def measurements() -> dict[str, Any]:
     """What benchmarks/run.py measured last."""
     return json.loads((ROOT / "benchmarks" / "results.json").read_text(encoding="utf-8"))
@@ -57,6 +187,8 @@ def measurements() -> dict[str, Any]:
 TABLES = {
     "models": models,
     "checkpoints": checkpoints,
+    **{f"table-{number}": partial(paper_table, dataset) for dataset, number in _NUMBERS.items()},
+    "figures": gallery,
     "benchmark-summary": lambda: benchmark.summary(measurements()),
     "benchmark-speed": lambda: benchmark.speed(measurements()),
     "benchmark-accuracy": lambda: benchmark.accuracy(measurements()),
@@ -82,6 +214,9 @@ def main() -> None:
         if updated(text) != text:
             file.write_text(updated(text), encoding="utf-8")
             print(f"updated {file.name}")
+    for group, names in groups().items():
+        draw(group, names, FIGURES / f"{group}.svg")
+        print(f"drew {group}.svg")
 
 
 if __name__ == "__main__":

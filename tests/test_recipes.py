@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,15 +17,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import report
+import ship
 import timm
 import torch
 import train
 from PIL import Image
 from safetensors.torch import load_file
-from ship import ship
 from torch.nn import functional as F
 
-from pcdeq_zoo import VARIANTS
+from pcdeq_zoo import VARIANTS, weights
 from pcdeq_zoo.weights import results, sha256
 
 ROOT = Path(__file__).parents[1]
@@ -220,7 +221,7 @@ def test_what_is_held_out_and_a_small_set_in_the_layout_of_svhn(tmp_path):
     assert not (tmp_path / "run" / "results.csv").exists()
     assert list((tmp_path / "run").rglob("events.out.tfevents*"))
     with pytest.raises(SystemExit, match=r"it has no results.csv"):
-        ship(tmp_path / "run")
+        ship.ship(tmp_path / "run")
 
 
 def test_batches_are_a_function_of_seed_and_epoch():
@@ -283,35 +284,78 @@ def test_evaluate_says_what_is_wrong(refuse, arguments: str, message: str):
 class TestShip:
     def test_refuses_a_run_measured_on_the_sample(self, run: Path):
         with pytest.raises(SystemExit, match=r"was measured on 400 images, not on the 10,000"):
-            ship(run)
+            ship.ship(run)
 
     def test_refuses_an_unfinished_run(self, tmp_path):
         (tmp_path / "log.jsonl").touch()
         with pytest.raises(SystemExit, match=r"it has no model.safetensors, results.csv"):
-            ship(tmp_path)
+            ship.ship(tmp_path)
 
-    def test_writes_weights_log_and_row(self, run: Path, tmp_path, monkeypatch):
-        import ship as module
-
-        from pcdeq_zoo import weights
-
-        for target in (module, weights):
+    @pytest.fixture
+    def whole(self, run: Path, tmp_path, monkeypatch) -> Path:
+        """A run as if it had been measured on the whole test set, and an empty package to put it in."""
+        for target in (ship, weights):
             monkeypatch.setattr(target, "CHECKPOINTS", tmp_path)
+        for target in (ship, report):
+            monkeypatch.setattr(target, "RUNS", tmp_path / "runs")
         (tmp_path / "results.csv").write_text(",".join(weights.RESULT_COLUMNS) + "\n")
         whole = tmp_path / "whole"
-        whole.mkdir()
-        for file in run.iterdir():
-            (whole / file.name).write_bytes(file.read_bytes())
+        shutil.copytree(run, whole)
         text = (whole / "results.csv").read_text()
         (whole / "results.csv").write_text(text.replace(",400,", ",10000,"))
-        assert ship(whole) == f"{NAME}.paper"
+        return whole
+
+    def test_writes_weights_log_and_row(self, whole: Path, run: Path, tmp_path):
+        assert ship.ship(whole) == f"{NAME}.paper"
         assert results()[f"{NAME}.paper"]["sha256"] == sha256(tmp_path / f"{NAME}.paper.safetensors")
         assert (tmp_path / f"{NAME}.paper.jsonl").read_bytes() == (run / "log.jsonl").read_bytes()
-        assert ship(whole) == f"{NAME}.paper"  # again: the same
+        assert ship.ship(whole) == f"{NAME}.paper"  # again: the same
         assert list(results()) == [f"{NAME}.paper"]
         (whole / "model.safetensors").write_bytes(b"other")
         with pytest.raises(SystemExit, match=r"is not the file that .* was measured on"):
-            ship(whole)
+            ship.ship(whole)
+
+    def test_other_seeds_are_recorded_and_drawn_but_do_not_ship(self, whole: Path, tmp_path):
+        ship.ship(whole)
+        text = (whole / "results.csv").read_text()
+        (row,) = csv.DictReader(io.StringIO(text))
+        other = {**row, "seed": "1", "top1": str(float(row["top1"]) + 2)}
+        with (whole / "results.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, weights.RESULT_COLUMNS)
+            writer.writeheader()
+            writer.writerow(other)
+        before = (tmp_path / "results.csv").read_bytes()
+        ship.ship(whole)
+        assert (tmp_path / "results.csv").read_bytes() == before
+        assert list(ship.recorded()) == [(f"{NAME}.paper", 0), (f"{NAME}.paper", 1)]
+        assert f"| {float(row['top1']) + 1:.2f} ± 1.41 (2 runs) |" in report.paper_table("mnist")
+        assert report.groups() == {"mnist-l-paper": [f"{NAME}.paper"]}
+        report.draw("mnist-l-paper", [f"{NAME}.paper"], tmp_path / "figure.svg")
+        drawn = (tmp_path / "figure.svg").read_text()
+        assert "<svg" in drawn
+        assert (ROOT / "docs" / "figures" / "mnist-l-paper.svg").is_file()
+
+
+def test_sweep(tmp_path):
+    arguments = [sys.executable, str(ROOT / "recipes" / "sweep.py"), "pcdeq*_l_[ts]*_mnist", "--seeds", "0", "1"]
+    printed = subprocess.run([*arguments, "--print"], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(printed) == 6  # tanh, softsign, sigmoid
+    assert all("--resume" in line and "--seed=" in line for line in printed)
+
+    arguments = [sys.executable, str(ROOT / "recipes" / "sweep.py"), "pcdeq1_l_[ts]*_mnist", "--jobs", "2", "--"]
+    arguments += ["--data", "sample", "--epochs", "1", "--limit-train", "128"]
+    done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names = {f"pcdeq1_l_{activation}_mnist.paper.seed0" for activation in ("tanh", "softsign")}
+    assert {folder.name for folder in (tmp_path / "runs").iterdir() if folder.is_dir()} == names
+    assert all((tmp_path / "runs" / name / "results.csv").is_file() for name in names)
+    broken = tmp_path / "runs" / "pcdeq1_l_tanh_mnist.paper.seed0"
+    (broken / "results.csv").unlink()
+    (broken / "run.json").unlink()
+    done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "softsign_mnist.paper.seed0 is finished" in done.stdout
+    assert "already holds a run" in broken.with_name(f"{broken.name}.txt").read_text()
 
 
 def test_augmentation_crops_and_flips_each_image_by_itself():

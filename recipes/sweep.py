@@ -1,0 +1,83 @@
+"""Train several models with several seeds on one machine, a few at a time.
+
+    python recipes/sweep.py 'pcdeq*_l_*_mnist' --seeds 0 1 2 3 4 --jobs 2
+    python recipes/sweep.py 'pcdeq1_mc_*_cifar' --recipe zoo --jobs 1 -- --save-every 200
+    python recipes/sweep.py 'pcdeq*_mnist' --print > commands.txt    # for a scheduler: one command per line
+
+Every run has a folder runs/<model>.<recipe>.seed<seed>, and beside it a file with what it prints, of the same name and
+.txt. Runs that are finished are left alone, others go on where they were: start a sweep that was killed again. The CPU
+threads are shared among the jobs. What follows `--` goes to recipes/train.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import os
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+from pcdeq_zoo import VARIANTS
+
+TRAIN = Path(__file__).with_name("train.py")
+
+
+def commands(models: list[str], recipe: str, seeds: list[int], threads: int, extra: list[str]) -> dict[Path, list[str]]:
+    """The command of each run, by its folder."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
+    launcher += ["--mixed_precision=no", "--dynamo_backend=no", f"--num_cpu_threads_per_process={threads}", str(TRAIN)]
+    runs = {}
+    for seed in seeds:
+        for model in models:
+            output = Path("runs") / f"{model}.{recipe}.seed{seed}"
+            settings = [f"--model={model}", f"--recipe={recipe}", f"--seed={seed}", f"--output={output}", "--resume"]
+            runs[output] = [*launcher, *settings, *extra]
+    return runs
+
+
+def run(output: Path, command: list[str]) -> bool:
+    """Run one command unless it is finished; whether it went well."""
+    if (output / "results.csv").exists() or (output / "held_out.csv").exists():
+        tqdm.write(f"{output} is finished")
+        return True
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.with_name(f"{output.name}.txt").open("a", encoding="utf-8") as console:
+        done = subprocess.run(command, stdout=console, stderr=subprocess.STDOUT)
+    tqdm.write(f"{output} {'is finished' if done.returncode == 0 else f'failed, see {console.name}'}")
+    return done.returncode == 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", metavar="GLOB", help="names in the zoo")
+    parser.add_argument("--recipe", choices=("paper", "zoo"), default="paper")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="default: 0")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
+    parser.add_argument("--print", action="store_true", help="print the commands and run nothing")
+    arguments = sys.argv[1:]
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    args = parser.parse_args(arguments[:split])
+    if args.jobs < 1:
+        parser.error(f"--jobs must be above 0, got {args.jobs}")
+    models = [name for name in VARIANTS if any(fnmatch.fnmatch(name, glob) for glob in args.models)]
+    if not models:
+        parser.error(f"no model matches {' '.join(args.models)}; the zoo has {', '.join(VARIANTS)}")
+
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    runs = commands(models, args.recipe, args.seeds, threads, arguments[split + 1 :])
+    if args.print:
+        print("\n".join(shlex.join(command) for command in runs.values()))
+        return
+    with ThreadPoolExecutor(args.jobs) as pool:
+        done = list(tqdm(pool.map(run, runs.keys(), runs.values()), total=len(runs), desc="sweep", unit="run"))
+    if failed := done.count(False):
+        raise SystemExit(f"{failed} of {len(done)} runs failed")
+
+
+if __name__ == "__main__":
+    main()

@@ -316,8 +316,11 @@ class _PcDEQLayer(nn.Module):
             def again(change: Tensor) -> Tensor:
                 return evaluate(pre.add_(self._map(change.to(coarse.dtype), coarse)), pre)
 
+            def exact(samples: Tensor, z: Tensor) -> Tensor:
+                return self._step(z.double(), weight.double(), self._input_map(u[rows][samples].double()))
+
             # σ(x) is the iterate after 0, and costs no evaluation of W.
-            return self.solver.forward(step, evaluate(x, None), response, rounding, again)
+            return self.solver.forward(step, evaluate(x, None), response, rounding, exact, again)
 
         return self._solve_in_blocks(solve_block, u, "forward")
 

@@ -286,6 +286,7 @@ class Solver:
         first: Tensor,
         response: Callable[[Tensor], Tensor],
         rounding: float,
+        exact: Callable[[Tensor, Tensor], Tensor],
         again: Callable[[Tensor], Tensor] | None,
     ) -> Solution:
         """Equilibrium of a positive concave `step` from first = step(0); see `Certificate` and `solve`."""
@@ -299,7 +300,7 @@ class Solver:
             accelerate=True,
             again=None if certify else again,
             nonnegative=True,
-            certificate=Certificate(first, response, rounding) if certify else None,
+            certificate=Certificate(first, response, rounding, exact) if certify else None,
         )
 
     def backward(

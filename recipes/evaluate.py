@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from pcdeq_zoo import VARIANTS, DataError, Dataset, WeightsError, record_solves
 from pcdeq_zoo.data import load, normalize
-from pcdeq_zoo.weights import RESULT_COLUMNS, sha256
+from pcdeq_zoo.weights import RESULT_COLUMNS, results, sha256
 
 
 @torch.inference_mode()
@@ -54,8 +54,8 @@ def evaluate(
         with record_solves(model) as records:
             logits = model(x)
         hits = logits.topk(5).indices == y[:, None]
-        confidences.append(logits.softmax(1).amax(1))
-        hits_all.append(hits[:, 0])
+        confidences.append(logits.softmax(1).amax(1).cpu())
+        hits_all.append(hits[:, 0].cpu())
         top1 += hits[:, 0].sum().item()
         top5 += hits.sum().item()
         nll += F.cross_entropy(logits, y, reduction="sum").item()
@@ -107,8 +107,31 @@ def measure_run(run: Path, data: str | None, device: torch.device) -> dict[str, 
     measured = evaluate(model, variant.dataset, images, labels)
     log = [json.loads(line) for line in (run / "log.jsonl").read_text("utf-8").splitlines()]
     known = {
-        **measured,
         "model": f"{name}.{settings['tag']}",
+        "epochs": settings["recipe"]["epochs"],
+        "seed": settings["seed"],
+        "commit": settings["commit"],
+        "hardware": settings["hardware"],
+        "hours": round(sum(line["seconds"] for line in log) / 3600, 2),
+    }
+    row = results_row(model, measured, known)
+    write_row(row, run / ("held_out.csv" if held_out else "results.csv"))
+    return row
+
+
+def results_row(model: nn.Module, measured: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
+    """The row of a model of the zoo, columns as in `pcdeq_zoo.weights.RESULT_COLUMNS`.
+
+    Args:
+        model: As `timm.create_model` gives it with pretrained=True.
+        measured: What `evaluate` returns.
+        known: model, epochs, seed, commit, hardware and hours; empty in the row where they are missing.
+    """
+    variant, weights = VARIANTS[model.pretrained_cfg["architecture"]], Path(model.pretrained_cfg["file"])
+    values = {
+        **dict.fromkeys(RESULT_COLUMNS, ""),
+        **known,
+        **measured,
         "top1_err": round(100 - measured["top1"], 4),
         "top5_err": round(100 - measured["top5"], 4),
         "param_count": round(variant.parameters / 1e6, 6),
@@ -116,23 +139,21 @@ def measure_run(run: Path, data: str | None, device: torch.device) -> dict[str, 
         "crop_pct": 1.0,
         "interpolation": "bilinear",
         "paper_top1": variant.paper_accuracy,
-        "epochs": settings["recipe"]["epochs"],
-        "seed": settings["seed"],
         "tol": model.solver.tol,
-        "commit": settings["commit"],
-        "hardware": settings["hardware"],
-        "hours": round(sum(line["seconds"] for line in log) / 3600, 2),
         "bytes": weights.stat().st_size,
         "sha256": sha256(weights),
     }
-    row = {column: known[column] for column in RESULT_COLUMNS}
-    temporary = run / "results.csv.tmp"
+    return {column: values[column] for column in RESULT_COLUMNS}
+
+
+def write_row(row: dict[str, Any], path: Path) -> None:
+    """Write a CSV file of one row."""
+    temporary = path.with_name(f"{path.name}.tmp")
     with temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, RESULT_COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerow(row)
-    temporary.replace(run / ("held_out.csv" if held_out else "results.csv"))
-    return row
+    temporary.replace(path)
 
 
 def main() -> None:
@@ -145,12 +166,13 @@ def main() -> None:
     )
     parser.add_argument("--data", help="folder, 'sample' or 'hub' (default: below $PCDEQ_ZOO_DATA, else the Hub)")
     parser.add_argument("--batch-size", type=int, default=500)
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the results row to this CSV file")
     args = parser.parse_args()
     name = (args.model or "").rpartition("/")[2].split("@")[0].split(".")[0]
     if args.model and ":" not in args.model and name not in VARIANTS:
         parser.error(f"unknown model {name}; the zoo has {', '.join(VARIANTS)}")
-    if args.run and args.checkpoint:
-        parser.error("--checkpoint goes with --model")
+    if args.run and (args.checkpoint or args.output):
+        parser.error("--checkpoint and --output go with --model")
 
     accelerator = Accelerator()
     if not accelerator.is_main_process:
@@ -165,6 +187,10 @@ def main() -> None:
             images, labels = load(dataset, "test", args.data)
             model.to(accelerator.device)
             measured = evaluate(model, dataset, images, labels, args.batch_size, progress=True)
+            if args.output:
+                tag = f"{model.pretrained_cfg['architecture']}.{model.pretrained_cfg.get('tag')}"
+                known = {"model": tag, **(results().get(tag, {}) if not args.checkpoint else {})}
+                write_row(results_row(model, measured, known), args.output)
     except (WeightsError, DataError) as error:
         raise SystemExit(str(error)) from error
     print(json.dumps(measured))

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -32,10 +34,11 @@ def ship(run: Path) -> str:
     """Record one run, and copy it into the package if its seed is 0; returns its "model.tag".
 
     Raises:
-        SystemExit: An unfinished run, a file that is not the one the row was measured on, or not the whole test set.
+        SystemExit: An unfinished run, a file that is not the one the row was measured on, not the whole test set, or
+            settings other than those of the recipe that the tag names.
     """
     weights, log, row_file = (run / name for name in ("model.safetensors", "log.jsonl", "results.csv"))
-    if missing := [file.name for file in (weights, log, row_file) if not file.is_file()]:
+    if missing := [file.name for file in (weights, log, row_file, run / "run.json") if not file.is_file()]:
         raise SystemExit(f"{run} is not a finished run: it has no {', '.join(missing)}")
     with row_file.open(newline="", encoding="utf-8") as file:
         (row,) = csv.DictReader(file)
@@ -45,6 +48,18 @@ def ship(run: Path) -> str:
         raise SystemExit(f"{weights} is not the file that {row_file} was measured on")
     if int(row["n"]) != variant.dataset.sizes["test"]:
         raise SystemExit(f"{run} was measured on {row['n']} images, not on the {variant.dataset.sizes['test']:,}")
+
+    settings = json.loads((run / "run.json").read_text("utf-8"))
+    wanted = {
+        "recipe": dataclasses.asdict(variant.recipes[name.split(".")[1]]),
+        "images": variant.dataset.sizes["train"],
+        "grad_accum": 1,
+        "mixed_precision": "no",
+        "hold_out": None,
+    }
+    if other := [key for key, value in wanted.items() if settings[key] != value]:
+        found = ", ".join(f"{key} {settings[key]!r}, wanted {wanted[key]!r}" for key in other)
+        raise SystemExit(f"{run} is not a run of the recipe that its tag says: {found}")
 
     RUNS.mkdir(parents=True, exist_ok=True)
     _replace(RUNS / f"{name}.seed{seed}.jsonl", log)

@@ -4,9 +4,10 @@
     python recipes/sweep.py 'pcdeq1_mc_*_cifar' --recipe zoo --jobs 1 -- --save-every 200
     python recipes/sweep.py 'pcdeq*_mnist' --print > commands.txt    # for a scheduler: one command per line
 
-Every run has a folder runs/<model>.<recipe>.seed<seed>, and beside it a file with what it prints, of the same name and
-.txt. Runs that are finished are left alone, others go on where they were: start a sweep that was killed again. The CPU
-threads are shared among the jobs. What follows `--` goes to recipes/train.py.
+Every run has a folder <runs>/<model>.<recipe>.seed<seed>, and beside it a file with what it prints, of the same name
+and .txt. Runs that are finished are left alone, others go on where they were: start a sweep that was killed again. A
+folder with a run of other settings is refused: give trials, such as those with --hold-out, a place of their own with
+--runs. The CPU threads are shared among the jobs. What follows `--` goes to recipes/train.py.
 """
 
 from __future__ import annotations
@@ -27,24 +28,23 @@ from pcdeq_zoo import VARIANTS
 TRAIN = Path(__file__).with_name("train.py")
 
 
-def commands(models: list[str], recipe: str, seeds: list[int], threads: int, extra: list[str]) -> dict[Path, list[str]]:
+def commands(
+    runs: Path, models: list[str], recipe: str, seeds: list[int], threads: int, extra: list[str]
+) -> dict[Path, list[str]]:
     """The command of each run, by its folder."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
     launcher += ["--mixed_precision=no", "--dynamo_backend=no", f"--num_cpu_threads_per_process={threads}", str(TRAIN)]
-    runs = {}
+    found = {}
     for seed in seeds:
         for model in models:
-            output = Path("runs") / f"{model}.{recipe}.seed{seed}"
+            output = runs / f"{model}.{recipe}.seed{seed}"
             settings = [f"--model={model}", f"--recipe={recipe}", f"--seed={seed}", f"--output={output}", "--resume"]
-            runs[output] = [*launcher, *settings, *extra]
-    return runs
+            found[output] = [*launcher, *settings, *extra]
+    return found
 
 
 def run(output: Path, command: list[str]) -> bool:
-    """Run one command unless it is finished; whether it went well."""
-    if (output / "results.csv").exists() or (output / "held_out.csv").exists():
-        tqdm.write(f"{output} is finished")
-        return True
+    """Run one command; whether it went well."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.with_name(f"{output.name}.txt").open("a", encoding="utf-8") as console:
         done = subprocess.run(command, stdout=console, stderr=subprocess.STDOUT)
@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--recipe", choices=("paper", "zoo"), default="paper")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="default: 0")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="default: runs")
     parser.add_argument("--print", action="store_true", help="print the commands and run nothing")
     arguments = sys.argv[1:]
     split = arguments.index("--") if "--" in arguments else len(arguments)
@@ -69,7 +70,7 @@ def main() -> None:
         parser.error(f"no model matches {' '.join(args.models)}; the zoo has {', '.join(VARIANTS)}")
 
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
-    runs = commands(models, args.recipe, args.seeds, threads, arguments[split + 1 :])
+    runs = commands(args.runs, models, args.recipe, args.seeds, threads, arguments[split + 1 :])
     if args.print:
         print("\n".join(shlex.join(command) for command in runs.values()))
         return

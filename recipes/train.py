@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
@@ -29,7 +30,7 @@ import subprocess
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import timm
 import torch
@@ -44,7 +45,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from tqdm import tqdm
 
-from pcdeq_zoo import VARIANTS, PcDEQLinear, Recipe, SolveRecord, WeightsError, record_solves
+from pcdeq_zoo import VARIANTS, PcDEQLinear, Recipe, SolveRecord, record_solves
 from pcdeq_zoo.data import DataError, load, normalize
 
 
@@ -74,8 +75,8 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        channels = x.shape[1]
-        count = x.new_full((1,), x.numel() // channels)
+        dtype, x = x.dtype, x.float()  # as torch.nn.BatchNorm2d computes half precision
+        count = x.new_full((1,), x.numel() // x.shape[1])
         sums = _SumOverProcesses.apply(torch.cat([x.sum((0, 2, 3)), count]))
         mean = sums[:-1] / sums[-1]
         centred = x - mean.view(1, -1, 1, 1)
@@ -85,7 +86,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * (sums[-1] / (sums[-1] - 1)), self.momentum)
         scale = torch.rsqrt(var + self.eps) * self.weight
-        return centred * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
+        return (centred * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)).to(dtype)
 
 
 def synchronize_batch_norm(model: nn.Module) -> None:
@@ -171,9 +172,12 @@ class Run:
             synchronize_batch_norm(self.model)
         recipe = self.recipe
         self.progress = Progress()
+        # Copied before `prepare` changes the model's forward, and moved to where it moves the model.
         self.ema = ModelEmaV3(self.model, decay=recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
         self.prepared, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        if self.ema:
+            self.ema.to(self.accelerator.device)
         self.accelerator.register_for_checkpointing(self.progress, *([self.ema.module] if self.ema else []))
 
     # --- state ---
@@ -190,15 +194,18 @@ class Run:
         self.accelerator.save_state(str(temporary))
         self.accelerator.wait_for_everyone()
         if main and not (folder / name).exists():
+            shutil.copyfile(self.output / "run.json", temporary / "run.json")
             temporary.rename(folder / name)
             for other in folder.iterdir():
                 if other.name != name:
                     shutil.rmtree(other)
         self.accelerator.wait_for_everyone()
 
-    def resume(self, state: Path) -> None:
-        """Go back to a saved state; the log's lines of later epochs go."""
-        self.accelerator.load_state(str(state))
+    def resume(self, state: Path | None) -> None:
+        """Go back to a saved state, or to the beginning; the log's lines of later epochs go."""
+        if state:
+            self.accelerator.load_state(str(state))
+            self.accelerator.print(f"resumed from {state}")
         if not self.accelerator.is_main_process:  # or the sums of all would be counted once more by each
             self.progress.sums = dict.fromkeys(self.progress.sums, 0.0)
         log = self.output / "log.jsonl"
@@ -212,6 +219,8 @@ class Run:
 
     def gather(self) -> None:
         """Make the sums of this process those of all, and leave them with the first."""
+        if self.accelerator.num_processes == 1:
+            return
         keys = list(self.progress.sums)
         values = torch.tensor([self.progress.sums[key] for key in keys], dtype=torch.float64)
         total = self.accelerator.reduce(values.to(self.accelerator.device), "sum").tolist()
@@ -350,30 +359,49 @@ def commit() -> str:
         return ""
 
 
-def state_to_resume(output: Path, settings: dict[str, Any], resume: str | None) -> Path | None:
-    """Check the folder of a run, and find the state to go on from; None to start.
+def lock(output: Path) -> IO[str]:
+    """Claim a run's folder until the file is closed or the process ends, however it ends.
+
+    Killing `accelerate launch` leaves the training alive; a second one must not write into the same folder.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    file = (output / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise SystemExit(f"another process is training in {output}") from error
+    return file
+
+
+def check_folder(output: Path, settings: dict[str, Any], resume: str | None) -> None:
+    """Refuse a folder that holds a run which was not to be resumed, or one with other settings, or no such state.
 
     Raises:
-        SystemExit: A folder that holds a run and was not to be resumed, a state that is not there, or one of a run
-            with other settings.
+        SystemExit: What was found, and what to do.
     """
     record = output / "run.json"
-    if resume is None or not record.exists():
-        if resume not in (None, "latest"):
-            raise SystemExit(f"no run to resume in {output}: it has no run.json")
-        if output.exists() and any(output.iterdir()):
+    held = {file.name for file in output.iterdir()} - {".lock"} if output.exists() else set()
+    if resume is None:
+        if held:
             raise SystemExit(f"{output} already holds a run; give another --output, --resume it, or remove it")
-        return None
+    elif resume != "latest":
+        if not (Path(resume) / "run.json").is_file():
+            raise SystemExit(f"no state {resume} to resume from; --resume alone takes the newest of {output}")
+        _compare(settings, Path(resume) / "run.json")
+        if (output / "model.safetensors").exists():
+            raise SystemExit(f"{output} is finished, and cannot go on from {resume}; give another --output")
+    elif not record.exists() and (other := held - {"run.json.tmp"}):
+        raise SystemExit(f"{output} holds no run of train.py, but {', '.join(sorted(other))}; give another --output")
+    if record.exists():
+        _compare(settings, record)
+
+
+def _compare(settings: dict[str, Any], record: Path) -> None:
     before = json.loads(record.read_text("utf-8"))
     free = ("commit", "hardware")  # may change on the way
     if other := [key for key in settings if key not in free and settings[key] != before.get(key)]:
         found = ", ".join(f"{key} {before.get(key)!r} there, {settings[key]!r} here" for key in other)
-        raise SystemExit(f"{output} holds a run with other settings: {found}")
-    if resume != "latest":
-        if not Path(resume).is_dir():
-            raise SystemExit(f"no state {resume} to resume from; --resume alone takes the newest of {output}")
-        return Path(resume)
-    return max((output / "state").glob("epoch-*"), default=None)
+        raise SystemExit(f"{record.parent} holds a run with other settings: {found}")
 
 
 def main() -> None:
@@ -393,6 +421,9 @@ def main() -> None:
     add("--grad-accum", type=int, default=1, metavar="N", help="forwards per optimizer step (default: 1)")
     add("--lr", type=float, help="default: the recipe's")
     add("--weight-decay", type=float, help="default: the recipe's")
+    add("--label-smoothing", type=float, help="default: the recipe's")
+    add("--ema-decay", type=float, help="moving average of the weights, 0 for none (default: the recipe's)")
+    add("--tol", type=float, help="tolerance of the solves (default: the recipe's)")
     add("--mixed-precision", choices=("no", "bf16"), help="default: accelerate's; equilibria are solved in float32")
     add("--seed", type=int, default=0)
     add("--limit-train", type=int, metavar="N", help="train on the first N images only")
@@ -403,17 +434,34 @@ def main() -> None:
     args = parser.parse_args()
     if args.model not in VARIANTS:
         parser.error(f"unknown model {args.model}; the zoo has {', '.join(VARIANTS)}")
-    for flag in ("epochs", "batch_size", "lr", "limit_train", "hold_out", "grad_accum", "save_every", "processes"):
+    for flag in (
+        "epochs",
+        "batch_size",
+        "lr",
+        "limit_train",
+        "hold_out",
+        "grad_accum",
+        "save_every",
+        "processes",
+        "tol",
+    ):
         if (value := getattr(args, flag)) is not None and value <= 0:
             parser.error(f"--{flag.replace('_', '-')} must be above 0, got {value}")
+
+    if args.seed < 0:
+        parser.error(f"--seed must be at least 0, got {args.seed}")
+    for flag in ("label_smoothing", "ema_decay"):
+        if not 0 <= (getattr(args, flag) or 0) < 1:
+            parser.error(f"--{flag.replace('_', '-')} must be at least 0 and below 1, got {getattr(args, flag)}")
 
     variant = VARIANTS[args.model]
     recipe = variant.recipes[args.recipe]
     if args.epochs:
         decay = recipe.lr_decay_epoch and round(recipe.lr_decay_epoch * args.epochs / recipe.epochs)
         recipe = dataclasses.replace(recipe, epochs=args.epochs, lr_decay_epoch=decay)
-    chosen = {name: getattr(args, name) for name in ("batch_size", "lr", "weight_decay")}
-    recipe = dataclasses.replace(recipe, **{name: value for name, value in chosen.items() if value is not None})
+    names = ("batch_size", "lr", "weight_decay", "label_smoothing", "ema_decay", "tol")
+    chosen = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    recipe = dataclasses.replace(recipe, **chosen)
 
     output = args.output or Path("runs") / f"{args.model}.{args.recipe}"
     accelerator = Accelerator(
@@ -426,18 +474,26 @@ def main() -> None:
         raise SystemExit(
             "mixed precision fp16 is float32 without a word on CPUs, and not tried on GPUs; use bf16 or no"
         )
+    if args.report_to and not accelerator.log_with:
+        raise SystemExit(f"{args.report_to} is not installed: pip install {args.report_to}")
+    if accelerator.device.type == "cuda":
+        torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        if args.eval_only:
-            print(json.dumps(measure_run(output, args.data, accelerator.device)))
-            return
         images, labels = load(variant.dataset, "train", args.data)
-    except (DataError, WeightsError) as error:
-        raise SystemExit(f"no data: {error}" if isinstance(error, DataError) else str(error)) from error
+        if not args.hold_out:
+            load(variant.dataset, "test", args.data)  # to hear now, and not after the training, that there is none
+    except DataError as error:
+        raise SystemExit(f"no data: {error}") from error
     if args.hold_out:
         if args.hold_out >= len(images):
             raise SystemExit(f"--hold-out {args.hold_out} leaves nothing of {len(images)} training images")
         images, labels = images[: -args.hold_out], labels[: -args.hold_out]
     images, labels = images[: args.limit_train], labels[: args.limit_train]
+    if min(recipe.batch_size, len(images)) < (least := max(2, accelerator.num_processes)):
+        raise SystemExit(
+            f"a batch needs {least} images, one per process and two for BatchNorm; "
+            f"got --batch-size {recipe.batch_size} and {len(images)} images"
+        )
 
     settings = {
         "model": args.model,
@@ -451,16 +507,25 @@ def main() -> None:
         "commit": commit(),
         "hardware": hardware(accelerator),
     }
-    state = state_to_resume(output, settings, args.resume)
+    if args.eval_only:
+        if accelerator.is_main_process:
+            if not (output / "model.safetensors").exists():
+                raise SystemExit(f"{output} holds no finished run to measure")
+            _compare(settings, output / "run.json")
+            print(json.dumps(measure_run(output, args.data, accelerator.device)))
+        return
+    check_folder(output, settings, args.resume)
     accelerator.wait_for_everyone()  # all have looked, before the first creates what they looked for
-    if accelerator.is_main_process and not (output / "run.json").exists():
-        (output / "state").mkdir(parents=True, exist_ok=True)
+    claim = lock(output) if accelerator.is_main_process else None
+    if claim and not (output / "run.json").exists():
         (output / "run.json.tmp").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
         (output / "run.json.tmp").replace(output / "run.json")
     accelerator.wait_for_everyone()
     if args.report_to:
         accelerator.init_trackers("tensorboard")
     if not (output / "model.safetensors").exists():
+        newest = max((output / "state").glob("epoch-*"), default=None)
+        state = Path(args.resume) if args.resume not in (None, "latest") else newest
         set_seed(args.seed)
         model = timm.create_model(args.model, stop=recipe.stop, tol=recipe.tol)
         run = Run(
@@ -469,21 +534,20 @@ def main() -> None:
         accelerator.print(
             f"{args.model} on {len(images)} images, {accelerator.num_processes} x {accelerator.device}: {recipe}"
         )
-        if state:
-            run.resume(state)
-            accelerator.print(f"resumed from {state}")
+        run.resume(state)
         run.train()
-        if accelerator.is_main_process:
+        if claim:
             run.write_weights()
-    if accelerator.is_main_process:
-        row = measure_run(output, args.data, accelerator.device)
+    if claim:
+        measured = output / ("held_out.csv" if args.hold_out else "results.csv")
+        if measured.exists():
+            print(f"{output} is finished")
+        else:
+            row = measure_run(output, args.data, accelerator.device)
+            where = "held-out" if args.hold_out else "test"
+            print(f"accuracy {row['top1']:.2f} % on {row['n']} {where} images; written to {output}")
         shutil.rmtree(output / "state", ignore_errors=True)
-        whole = row["n"] == variant.dataset.sizes["test"] and not args.hold_out
-        where = "held-out" if args.hold_out else "test" if whole else "sample"
-        print(
-            f"accuracy {row['top1']:.2f} % on {row['n']} {where} images"
-            f"{f' (paper: {variant.paper_accuracy} %)' if whole else ''}; written to {output / 'model.safetensors'}"
-        )
+        claim.close()
     accelerator.end_training()
 
 

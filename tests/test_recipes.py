@@ -1,14 +1,18 @@
 """The recipes as their users run them: real processes on the sample, and documents that match the data."""
 
 import csv
+import dataclasses
+import functools
 import io
 import json
+import os
 import re
 import shutil
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import evaluate
@@ -20,12 +24,14 @@ import report
 import ship
 import timm
 import torch
+import torch.distributed as dist
 import train
+from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from pcdeq_zoo import VARIANTS, weights
+from pcdeq_zoo import VARIANTS, Recipe, weights
 from pcdeq_zoo.weights import results, sha256
 
 ROOT = Path(__file__).parents[1]
@@ -34,20 +40,28 @@ SHORT = f"recipes/train.py --model {NAME} --data sample --epochs 2 --limit-train
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def command(arguments: str, processes: int = 1) -> list[str]:
     """A recipe as the README says to run it."""
     launcher = [str(Path(sys.executable).with_name("accelerate")), "launch", "--num_machines=1", "--mixed_precision=no"]
     launcher += ["--dynamo_backend=no", f"--num_processes={processes}"]
     if processes > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            launcher += ["--multi_gpu", f"--main_process_port={free.getsockname()[1]}"]
+        launcher += ["--multi_gpu", f"--main_process_port={free_port()}"]
         arguments += f" --cpu --processes {processes}"
     return [*launcher, *arguments.split()]
 
 
 def launch(arguments: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(arguments, processes), cwd=ROOT, capture_output=True, text=True)
+
+
+def files_of(run: Path) -> list[str]:
+    return sorted(file.name for file in run.iterdir() if file.name != ".lock")
 
 
 def log_of(run: Path) -> list[dict]:
@@ -79,13 +93,13 @@ def run(tmp_path_factory) -> Path:
     done = launch(f"{SHORT} --output {output}")
     assert done.returncode == 0, done.stderr
     assert "epoch 2" in done.stdout
-    assert re.search(r"accuracy \d\d\.\d\d % on 400 sample images", done.stdout)
+    assert re.search(r"accuracy \d\d\.\d\d % on 400 test images", done.stdout)
     assert "0%|" in done.stderr  # the progress bar
     return output
 
 
 def test_what_a_run_leaves(run: Path):
-    assert sorted(file.name for file in run.iterdir()) == ["log.jsonl", "model.safetensors", "results.csv", "run.json"]
+    assert files_of(run) == ["log.jsonl", "model.safetensors", "results.csv", "run.json"]
     log = log_of(run)
     assert [line["epoch"] for line in log] == [1, 2]
     assert log[1]["train_loss"] < log[0]["train_loss"]
@@ -130,53 +144,170 @@ def test_the_seed_makes_it_reproducible(run: Path, tmp_path):
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_killed_and_resumed_is_as_if_nothing_had_happened(tmp_path, processes: int):
-    """kill -9 in the middle of an epoch: the same bits in the end, and the same log."""
-    arguments = (
-        "recipes/train.py --model pcdeq1_mc_tanh_mnist --recipe zoo --data sample --epochs 2 --limit-train 600 "
-        "--save-every 2 --batch-size 60 --grad-accum 2 --output "
-    )
-    whole = launch(f"{arguments}{tmp_path / 'whole'}", processes)
-    assert whole.returncode == 0, whole.stderr
+# Batches and groups of them that do not come out even, and all that a recipe can ask for.
+EVERYTHING = (
+    "recipes/train.py --model pcdeq1_mc_tanh_mnist --data sample --epochs 2 --limit-train 500 --save-every 2 "
+    "--batch-size 63 --grad-accum 2 --ema-decay 0.9 --label-smoothing 0.1 --output "
+)
 
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Callable[[int], Path]:
+    """A run of EVERYTHING that nobody killed, by the number of processes."""
+    folder = tmp_path_factory.mktemp("whole")
+
+    @functools.cache
+    def run(processes: int) -> Path:
+        done = launch(f"{EVERYTHING}{folder / str(processes)}", processes)
+        assert done.returncode == 0, done.stderr
+        assert f"{processes} x cpu" in done.stdout
+        return folder / str(processes)
+
+    return run
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_and_resumed_is_as_if_nothing_had_happened(tmp_path, whole, processes: int):
+    """kill -9 in the middle of an epoch: the same bits in the end, and the same log."""
     broken = tmp_path / "broken"
     process = subprocess.Popen(
-        command(f"{arguments}{broken}", processes),
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        command(f"{EVERYTHING}{broken}", processes), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     state = broken / "state" / "epoch-0002-step-000002"
     while not state.exists():
         assert process.poll() is None
         time.sleep(0.01)
-    launcher = psutil.Process(process.pid)
-    for each in [launcher, *launcher.children(recursive=True)]:
-        each.kill()
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
     process.wait()
+    if processes == 1:  # the training itself is alive, and a second one must not write beside it
+        children[0].suspend()
+        second = launch(f"{EVERYTHING}{broken} --resume")
+        assert f"another process is training in {broken}" in second.stderr
+    for child in children:
+        child.kill()
+    psutil.wait_procs(children)
     assert not (broken / "model.safetensors").exists()
 
-    resumed = launch(f"{arguments}{broken} --resume", processes)
+    resumed = launch(f"{EVERYTHING}{broken} --resume", processes)
     assert resumed.returncode == 0, resumed.stderr
-    assert "resumed from" in resumed.stdout
-    one, two = (load_file(run / "model.safetensors") for run in (tmp_path / "whole", broken))
+    assert f"resumed from {broken / 'state'}" in resumed.stdout
+    one, two = (load_file(run / "model.safetensors") for run in (whole(processes), broken))
     assert all(torch.equal(one[key], two[key]) for key in one)
-    assert log_of(tmp_path / "whole") == log_of(broken)
+    assert log_of(whole(processes)) == log_of(broken)
     assert not (broken / "state").exists()
 
 
-def test_two_processes_give_what_one_gives(run: Path, tmp_path):
-    done = launch(f"{SHORT} --output {tmp_path / 'two'}", processes=2)
+def test_killed_before_the_first_state(run: Path, tmp_path):
+    """With nothing but what is written before it: run.json, and a line in the log of an epoch without its state."""
+    broken = tmp_path / "broken"
+    (broken / "state" / ".epoch-0002-step-000000").mkdir(parents=True)
+    shutil.copy(run / "run.json", broken)
+    (broken / "log.jsonl").write_text((run / "log.jsonl").read_text().splitlines(keepends=True)[0])
+    done = launch(f"{SHORT} --output {broken} --resume")
     assert done.returncode == 0, done.stderr
-    assert "2 x cpu" in done.stdout
-    one, two = (load_file(folder / "model.safetensors") for folder in (run, tmp_path / "two"))
-    for name in one:
-        # BatchNorm takes this bias away again: its gradient is rounding error, which Adam scales to a full step.
-        if name not in ("features.conv1.bias", "features.prenorm1.running_mean"):
-            torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-6)
-    for first, second in zip(log_of(run), log_of(tmp_path / "two"), strict=True):
-        assert first["train_loss"] == pytest.approx(second["train_loss"], rel=1e-4)
+    assert log_of(broken) == log_of(run)
+
+
+def test_two_processes_give_what_one_gives(whole):
+    """The losses. Not each weight: Adam makes full steps of gradients that are rounding errors."""
+    for first, second in zip(log_of(whole(1)), log_of(whole(2)), strict=True):
+        assert first["train_loss"] == pytest.approx(second["train_loss"], rel=2e-4)
+        assert first["train_top1"] == pytest.approx(second["train_top1"], abs=0.5)
+
+
+def _batch_norm_worker(rank: int, folder: str, dtype: torch.dtype) -> None:
+    """One of two processes with an uneven share of a batch; it writes what it gets."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    norm = batch_norm()
+    train.synchronize_batch_norm(norm)
+    x = batch()[:4] if rank == 0 else batch()[4:]
+    x = x.to(dtype).requires_grad_()
+    y = norm(x)
+    assert y.dtype == dtype
+    (y.float() * torch.sin(x.detach().float())).sum().backward()
+    weight_grad = norm[0].weight.grad.clone()
+    dist.all_reduce(weight_grad)  # as DistributedDataParallel would
+    state = {"y": y.detach(), "x_grad": x.grad, "weight_grad": weight_grad, **norm.state_dict()}
+    torch.save(state, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def batch_norm() -> torch.nn.Sequential:
+    torch.manual_seed(0)
+    norm = torch.nn.Sequential(torch.nn.BatchNorm2d(3))
+    torch.nn.init.normal_(norm[0].weight)
+    return norm
+
+
+def batch() -> torch.Tensor:
+    return 10 + torch.randn(7, 3, 9, 9, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batch_norm_over_processes_is_batch_norm(tmp_path, dtype: torch.dtype):
+    torch.multiprocessing.spawn(_batch_norm_worker, (str(tmp_path), dtype), nprocs=2)
+    norm, x = batch_norm(), batch().to(dtype).requires_grad_()
+    y = norm(x)
+    (y.float() * torch.sin(x.detach().float())).sum().backward()
+    parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    exact = dtype == torch.float32
+    close = functools.partial(torch.testing.assert_close, rtol=1e-4 if exact else 0.02, atol=1e-5 if exact else 0.02)
+    close(torch.cat([part["y"] for part in parts]), y.detach())
+    close(torch.cat([part["x_grad"] for part in parts]), x.grad)
+    for part in parts:
+        close(part["weight_grad"], norm[0].weight.grad, atol=1e-3 if exact else 0.5)
+        torch.testing.assert_close(part["0.running_mean"], norm[0].running_mean)
+        torch.testing.assert_close(part["0.running_var"], norm[0].running_var)
+
+
+def thirteen() -> tuple[torch.nn.Module, Recipe, torch.Tensor, torch.Tensor]:
+    """A model, a recipe with batches of 5, and 13 images with labels."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (13, 1, 28, 28), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(0, 10, (13,), generator=generator)
+    recipe = dataclasses.replace(VARIANTS[NAME].recipes["paper"], batch_size=5, label_smoothing=0.1)
+    torch.manual_seed(0)
+    return timm.create_model(NAME, stop="residual", tol=1e-6), recipe, images, labels
+
+
+def _step_worker(rank: int, processes: int, port: int, folder: str) -> None:
+    """One optimiser step on three batches, as one of several processes; it writes the gradient and the sums."""
+    if processes > 1:
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
+        os.environ.update({key: str(value) for key, value in place.items()}, MASTER_ADDR="127.0.0.1")
+    model, recipe, images, labels = thirteen()
+    run = train.Run(Accelerator(cpu=True), model, NAME, recipe, images, labels, 0, 3, None, Path(folder))
+    assert run.accelerator.num_processes == processes
+    run.prepared.train()
+    run._step(torch.arange(13))
+    run.gather()
+    if rank == 0:
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        torch.save({"gradients": gradients, "sums": run.progress.sums}, f"{folder}/step.pt")
+    if processes > 1:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_step_is_the_mean_over_all_its_images(tmp_path, processes: int):
+    """Batches of 5, 5 and 3, however many processes share them: the gradient of the mean loss of the 13 images."""
+    if processes == 1:
+        _step_worker(0, 1, 0, str(tmp_path))
+    else:
+        torch.multiprocessing.spawn(_step_worker, (processes, free_port(), str(tmp_path)), nprocs=processes)
+    model, _, images, labels = thirteen()
+    model.train()
+    losses = [
+        F.cross_entropy(model(images[part].float() / 255), labels[part], reduction="sum", label_smoothing=0.1)
+        for part in torch.arange(13).split(5)
+    ]
+    (sum(losses) / 13).backward()
+    found = torch.load(tmp_path / "step.pt", weights_only=True)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found["gradients"][name], parameter.grad, rtol=1e-3, atol=1e-6)
+    assert found["sums"]["loss"] == pytest.approx(sum(losses).item(), rel=1e-5)
+    assert found["sums"]["images"] == 13
 
 
 def test_one_process_instead_of_two_is_refused(tmp_path):
@@ -194,8 +325,12 @@ def test_a_finished_run_is_never_overwritten(run: Path, refuse):
     before = sha256(run / "model.safetensors")
     message = refuse(train.main, f"--model {NAME} --data sample --epochs 1 --output {run}")
     assert message == f"{run} already holds a run; give another --output, --resume it, or remove it"
-    message = refuse(train.main, f"--model {NAME} --data sample --epochs 1 --limit-train 640 --output {run} --resume")
-    assert message.startswith(f"{run} holds a run with other settings: recipe {{'epochs': 2, ")
+    other = f"--model {NAME} --data sample --epochs 1 --limit-train 640 --output {run}"
+    for flag in ("--resume", "--eval-only"):
+        message = refuse(train.main, f"{other} {flag}")
+        assert message.startswith(f"{run} holds a run with other settings: recipe {{'epochs': 2, ")
+    done = launch(f"{SHORT} --output {run} --resume")
+    assert done.stdout.strip() == f"{run} is finished"
     assert sha256(run / "model.safetensors") == before
 
 
@@ -256,8 +391,11 @@ def test_calibration_error():
         ("--lr -1", "--lr must be above 0, got -1.0"),
         ("--limit-train 0", "--limit-train must be above 0, got 0"),
         ("--hold-out 1600", "--hold-out 1600 leaves nothing of 1600 training images"),
-        ("--resume /no/such/state", "no run to resume in"),
-        ("--eval-only", "is not a run of train.py: it has no run.json"),
+        ("--resume /no/such/state", "no state /no/such/state to resume from; --resume alone takes the newest of"),
+        ("--eval-only", "holds no finished run to measure"),
+        ("--limit-train 1", "a batch needs 2 images, one per process and two for BatchNorm; got"),
+        ("--seed -1", "--seed must be at least 0, got -1"),
+        ("--ema-decay 1", "--ema-decay must be at least 0 and below 1, got 1.0"),
         ("--model resnet18", "unknown model resnet18; the zoo has pcdeq1_l_relu6_mnist, "),
         ("--data /no/such/folder", "no data folder /no/such/folder"),
         ("--model pcdeq1_mc_tanh_cifar", "no CIFAR-10 sample ships with the package"),
@@ -288,7 +426,7 @@ class TestShip:
 
     def test_refuses_an_unfinished_run(self, tmp_path):
         (tmp_path / "log.jsonl").touch()
-        with pytest.raises(SystemExit, match=r"it has no model.safetensors, results.csv"):
+        with pytest.raises(SystemExit, match=r"it has no model.safetensors, results.csv, run.json"):
             ship.ship(tmp_path)
 
     @pytest.fixture
@@ -303,7 +441,16 @@ class TestShip:
         shutil.copytree(run, whole)
         text = (whole / "results.csv").read_text()
         (whole / "results.csv").write_text(text.replace(",400,", ",10000,"))
+        settings = json.loads((whole / "run.json").read_text())
+        settings |= {"images": 60000, "recipe": dataclasses.asdict(VARIANTS[NAME].recipes["paper"])}
+        (whole / "run.json").write_text(json.dumps(settings))
         return whole
+
+    def test_refuses_a_run_of_another_recipe_than_its_tag_says(self, whole: Path, run: Path, tmp_path):
+        shutil.copy(run / "run.json", whole)
+        with pytest.raises(SystemExit, match=r"recipe {'epochs': 2, .*, images 640, wanted 60000"):
+            ship.ship(whole)
+        assert not list(tmp_path.glob("*.safetensors"))
 
     def test_writes_weights_log_and_row(self, whole: Path, run: Path, tmp_path):
         assert ship.ship(whole) == f"{NAME}.paper"
@@ -349,13 +496,14 @@ def test_sweep(tmp_path):
     names = {f"pcdeq1_l_{activation}_mnist.paper.seed0" for activation in ("tanh", "softsign")}
     assert {folder.name for folder in (tmp_path / "runs").iterdir() if folder.is_dir()} == names
     assert all((tmp_path / "runs" / name / "results.csv").is_file() for name in names)
-    broken = tmp_path / "runs" / "pcdeq1_l_tanh_mnist.paper.seed0"
-    (broken / "results.csv").unlink()
-    (broken / "run.json").unlink()
+    other = tmp_path / "runs" / "pcdeq1_l_tanh_mnist.paper.seed0"
+    settings = (other / "run.json").read_text()
+    (other / "run.json").write_text(settings.replace('"hold_out": null', '"hold_out": 100'))
     done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
+    assert "1 of 2 runs failed" in done.stderr
     assert "softsign_mnist.paper.seed0 is finished" in done.stdout
-    assert "already holds a run" in broken.with_name(f"{broken.name}.txt").read_text()
+    assert "other settings: hold_out 100 there, None here" in other.with_name(f"{other.name}.txt").read_text()
 
 
 def test_augmentation_crops_and_flips_each_image_by_itself():

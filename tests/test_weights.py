@@ -1,6 +1,6 @@
 """The checkpoints: what is claimed of them, where they load, and what becomes of files that are not right.
 
-`python tests/test_weights.py` writes `logits.safetensors` for checkpoints that it does not hold yet.
+`PYTHONPATH=recipes python tests/test_weights.py` writes `logits.safetensors` for checkpoints that it does not hold yet.
 """
 
 import json
@@ -32,10 +32,14 @@ NAME = "pcdeq1_l_tanh_mnist"
 
 
 def logits(checkpoint: str) -> torch.Tensor:
-    """Of the first 16 test images, as float32 on a CPU gives them."""
-    images, _ = load(DATASETS["mnist"], "test", "sample")
+    """Of 16 images, the first of MNIST's test set or noise, as float32 on a CPU gives them."""
+    dataset = VARIANTS[checkpoint.split(".")[0]].dataset
+    if dataset.name == "mnist":
+        images = normalize(load(dataset, "test", "sample")[0][:16], dataset)
+    else:
+        images = torch.randn(16, *dataset.input_size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        return timm.create_model(checkpoint, pretrained=True).eval()(normalize(images[:16], DATASETS["mnist"]))
+        return timm.create_model(checkpoint, pretrained=True).eval()(images)
 
 
 @every_checkpoint

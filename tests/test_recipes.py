@@ -410,7 +410,7 @@ def test_train_says_what_is_wrong(tmp_path, refuse, arguments: str, message: str
     ("arguments", "message"),
     [
         ("--model resnet18", "unknown model resnet18"),
-        ("--model pcdeq1_mc_tanh_mnist", "no weights of pcdeq1_mc_tanh_mnist.paper are published yet"),
+        ("--model pcdeq1_mc_tanh_svhn", "no weights of pcdeq1_mc_tanh_svhn.paper are published yet"),
         (f"--model {NAME} --data /no/such/folder", "no data folder /no/such/folder"),
         (f"--model {NAME} --checkpoint /no/such/file", "there is no file /no/such/file"),
     ],

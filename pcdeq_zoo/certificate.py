@@ -20,6 +20,9 @@ Facts used, for g nondecreasing and concave on the nonnegative numbers with one 
    lets the solver go on as it likes: z may be extrapolated or cached. `Certificate` is this. (Rounded iterates may
    exceed z* by about γ / (1 − q); what that changes is of second order in the terms in γ that the bound has.)
    The bound for z itself has 1 / (1 − q) in the place of q / (1 − q).
+3. Any w > 0 with B w ≤ q w, q < 1, does for fact 2. Products with B find better ones: w = b + B b + … + Bᵏ b, for
+   which B w = w − b + Bᵏ⁺¹ b, tends to (I − B)⁻¹ b, where q = 1 − min_i b_i / w_i. That is well below 1 also where a
+   unit lives off others almost linearly, so that no combination of b − a and b has a good q.
 
 Rounding. A float evaluation of g is off by a relative error of at most γ per unit: nothing cancels in a sum of
 nonnegative terms, and σ concave with σ(0) ≥ 0 does not amplify a relative error of its argument.
@@ -69,6 +72,8 @@ class Certificate:
 
     Args:
         first: g(0) = σ(x), shape (N, ...), the solver's start.
+        product: w ↦ W w.
+        derivative: σ(p) ↦ σ′(p).
         response: σ(p) ↦ p σ′(p).
         rounding: γ of `rounding_error`. The bounds are those of exact arithmetic, widened by it.
         exact: Indices of samples and iterates z of them ↦ g(z) in float64. Where γ alone, amplified, exceeds what is to
@@ -76,19 +81,24 @@ class Certificate:
     """
 
     # What q / (1 − q) and the spread of w / b together may multiply a relative distance by. Worse weights need many
-    # more evaluations, and end at the rounding error times this. A sample that has none better after so many calls
-    # takes the best it has had.
-    _GOOD_FACTOR, _PATIENCE = 50.0, 5
+    # more evaluations, and end at the rounding error times this. Samples that have none better after so many calls get
+    # those of fact 3, and after twice as many take the best they have had.
+    _GOOD_FACTOR, _PATIENCE = 50.0, 3
     _LEAST_ETA = 0.01
+    _TERMS = 3  # k of fact 3
 
     def __init__(
         self,
         first: Tensor,
+        product: Callable[[Tensor], Tensor],
+        derivative: Callable[[Tensor], Tensor],
         response: Callable[[Tensor], Tensor],
         rounding: float,
         exact: Callable[[Tensor, Tensor], Tensor],
     ) -> None:
         self.first = first
+        self.product = product
+        self.derivative = derivative
         self.response = response
         self.rounding = rounding
         self.exact = exact
@@ -151,19 +161,37 @@ class Certificate:
         own = torch.minimum(new - self.first, self.response(new)) + 40 * self.rounding * new
         image = change + self.rounding * (new + value) + eta * own
         rate = (image / weights).amax(self._dims)
-        relative = weights / value
-        factor = rate / (1 - rate) * relative.amax(self._dims) / relative.amin(self._dims)
-        better = ~self.ready & (rate >= 0) & (rate < 1) & (factor < self._factor)
+        self._take(weights, value, torch.where(self.ready, 1, rate))
+        if self._calls % self._PATIENCE == 0 and bool((poor := ~self.ready).any()):
+            rows = poor.nonzero()[:, 0]
+            base = value[rows]
+            # Slopes of a smooth σ are off by at most 2 γ, and where ReLU6 is flat as computed it is so up to γ. Another
+            # γ each is for the rounding of the slope and, as slopes are at most 1, for that of the product.
+            slopes = self.derivative(new[rows]) + 4 * self.rounding
+            sums = base
+            for _ in range(self._TERMS):
+                sums = base + slopes * self.product(sums)
+            weights, rate = weights.clone(), torch.ones_like(rate)
+            weights[rows] = sums
+            rate[rows] = (slopes * self.product(sums) / sums).amax(self._dims)
+            self._take(weights, value, rate)
+        self.ready = self._factor < (self._GOOD_FACTOR if self._calls < 2 * self._PATIENCE else math.inf)
+        self._all_ready = self.ready.device.type == "cpu" and bool(self.ready.all())
+
+    def _take(self, weights: Tensor, base: Tensor, rate: Tensor) -> None:
+        """Take weights and b of the samples for which q = `rate` is below 1 and they amplify less than those before."""
+        relative = weights / base
+        spread = relative.amax(self._dims)
+        factor = rate / (1 - rate) * spread / relative.amin(self._dims)
+        better = (rate >= 0) & (rate < 1) & (factor < self._factor)
         if better.device.type != "cpu" or bool(better.any()):
             chosen = better.view(-1, *[1] * len(self._dims))
             self._weights = torch.where(chosen, weights, self._weights)
-            self._base = torch.where(chosen, value, self._base)
+            self._base = torch.where(chosen, base, self._base)
             self._amplification = torch.where(better, rate / (1 - rate), self._amplification)
-            self._spread = torch.where(better, relative.amax(self._dims), self._spread)
+            self._spread = torch.where(better, spread, self._spread)
             self._factor = torch.where(better, factor, self._factor)
             self._inverse = 1 / self._weights
-        self.ready = self._factor < (self._GOOD_FACTOR if self._calls < self._PATIENCE else math.inf)
-        self._all_ready = self.ready.device.type == "cpu" and bool(self.ready.all())
 
 
 class Enclosure(NamedTuple):

@@ -302,7 +302,7 @@ class _PcDEQLayer(nn.Module):
         weight = self._arrange_weight(weight)
         coarse = self._coarse(weight)
         rounding = rounding_error(weight[0].numel(), u, worst_case=False)
-        evaluate, response = ACTIVATIONS[self.activation].evaluate, ACTIVATIONS[self.activation].response
+        _, evaluate, derivative, response, *_ = ACTIVATIONS[self.activation]
 
         def solve_block(rows: slice) -> Solution:
             x = self._input_map(u[rows])
@@ -313,6 +313,9 @@ class _PcDEQLayer(nn.Module):
                 pre = self._map(z, weight).add_(x)
                 return evaluate(pre, None)
 
+            def product(w: Tensor) -> Tensor:
+                return self._map(w, weight)
+
             def again(change: Tensor) -> Tensor:
                 return evaluate(pre.add_(self._map(change.to(coarse.dtype), coarse)), pre)
 
@@ -320,7 +323,7 @@ class _PcDEQLayer(nn.Module):
                 return self._step(z.double(), weight.double(), self._input_map(u[rows][samples].double()))
 
             # σ(x) is the iterate after 0, and costs no evaluation of W.
-            return self.solver.forward(step, evaluate(x, None), response, rounding, exact, again)
+            return self.solver.forward(step, evaluate(x, None), product, derivative, response, rounding, exact, again)
 
         return self._solve_in_blocks(solve_block, u, "forward")
 

@@ -284,6 +284,8 @@ class Solver:
         self,
         step: Callable[[Tensor], Tensor],
         first: Tensor,
+        product: Callable[[Tensor], Tensor],
+        derivative: Callable[[Tensor], Tensor],
         response: Callable[[Tensor], Tensor],
         rounding: float,
         exact: Callable[[Tensor, Tensor], Tensor],
@@ -300,7 +302,7 @@ class Solver:
             accelerate=True,
             again=None if certify else again,
             nonnegative=True,
-            certificate=Certificate(first, response, rounding, exact) if certify else None,
+            certificate=Certificate(first, product, derivative, response, rounding, exact) if certify else None,
         )
 
     def backward(

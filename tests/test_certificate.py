@@ -95,13 +95,16 @@ def test_an_enclosure_holds_however_early_it_stops(kind: str, activation: str):
 
 @every_layer
 @pytest.mark.parametrize("norm", [0.5, 3.0, 30.0])
-def test_the_weights_make_the_map_a_contraction(kind: str, activation: str, norm: float):
-    """Fact 2 itself: for random y, z above the base, whether iterates or not."""
+@pytest.mark.parametrize("fact", [2, 3])
+def test_the_weights_make_the_map_a_contraction(kind: str, activation: str, norm: float, fact: int):
+    """Facts 2 and 3 themselves: for random y, z above the base, whether iterates or not."""
     layer, x = make(kind, activation, norm)
     weight, x = layer._arrange_weight(layer.weight), layer._input_map(layer._arrange(x))
     a = layer._step(torch.zeros_like(x), weight, x)
     certificate = Certificate(
         a,
+        lambda w: layer._map(w, weight),
+        ACTIVATIONS[activation].derivative,
         ACTIVATIONS[activation].response,
         rounding_error(weight[0].numel(), x, worst_case=False),
         lambda rows, z: layer._step(z, weight, x[rows]),
@@ -109,7 +112,8 @@ def test_the_weights_make_the_map_a_contraction(kind: str, activation: str, norm
     for _ in range(30):
         b = layer._step(a, weight, x)
         new = layer._step(b, weight, x)
-        certificate(b, new, new - b, b - a, 1e-3)
+        # Without a change before, there are no weights of fact 2.
+        certificate(b, new, new - b, b - a if fact == 2 else torch.full_like(a, torch.nan), 1e-3)
         if certificate.ready.all():
             break
         a = new
@@ -188,10 +192,24 @@ def test_an_exact_evaluation_goes_where_the_rounding_bound_does_not(activation: 
 
 
 def _without_exact(init):
-    def patched(self, first, response, rounding, exact):
-        init(self, first, response, rounding, lambda rows, z: torch.full_like(z, torch.inf, dtype=torch.float64))
+    def patched(self, *args):
+        init(self, *args[:-1], lambda rows, z: torch.full_like(z, torch.inf, dtype=torch.float64))
 
     return patched
+
+
+@pytest.mark.parametrize("activation", ["relu6", "tanh", "softsign"])
+def test_a_chain_of_units_is_certified(activation: str):
+    """Each unit lives off the one before, almost linearly: relative to itself, g contracts it by 1e-8 only."""
+    layer = PcDEQLinear(4, activation, Solver(tol=1e-4, on_failure="raise"))
+    weight = torch.diag(torch.full((3,), 1e-2), -1)
+    with torch.no_grad():
+        layer.weight_v.copy_(weight)
+        layer.weight_g.copy_(torch.linalg.vector_norm(weight, dim=1, keepdim=True))
+    x = torch.tensor([[1.0, -4.0, -4.0, -4.0]])
+    solution = layer.solve(x)
+    assert solution.evaluations.item() <= 6
+    assert_holds(solution, truth(layer, x))
 
 
 def test_a_broken_bound_is_noticed(monkeypatch):

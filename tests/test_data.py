@@ -13,7 +13,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import DATA_ROOT
 from PIL import Image
 
 from pcdeq_zoo import DATASETS, DataError
@@ -80,18 +79,17 @@ def test_torchvisions_mnist_files(tmp_path):
     assert got_labels.tolist() == [0, 1, 2, 3, 4]
 
 
-def test_the_sample_is_the_beginning_of_mnist(sample, mnist_test):
-    assert torch.equal(sample[0], mnist_test[0][:400])
-    assert torch.equal(sample[1], mnist_test[1][:400])
+def test_the_sample_is_the_beginning_of_mnist(sample, whole_test_set):
+    images, labels = whole_test_set("mnist")
+    assert torch.equal(sample[0], images[:400])
+    assert torch.equal(sample[1], labels[:400])
     assert len(load(MNIST, "train", "sample")[0]) == 1600
 
 
 @pytest.mark.parametrize("name", ["mnist", "cifar"])
-def test_the_whole_data_sets(name: str):
+def test_the_whole_data_sets(name: str, whole_test_set):
     dataset = DATASETS[name]
-    if not (DATA_ROOT / dataset.folder).is_dir():
-        pytest.skip(f"needs the whole of {dataset.title}: no folder {DATA_ROOT / dataset.folder}")
-    images, labels = load(dataset, "test", DATA_ROOT / dataset.folder)
+    images, labels = whole_test_set(name)
     assert len(images) == len(labels) == dataset.sizes["test"]
     assert len(labels.unique()) == 10
 

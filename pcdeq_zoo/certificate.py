@@ -5,27 +5,25 @@ Facts used, for g nondecreasing and concave on the nonnegative numbers with one 
 1. z ≤ g(z) implies z ≤ z*, and g(z) ≤ z implies z* ≤ z. So iterates from 0 rise to z*, and those from an upper bound of
    σ fall to it: z* lies between them at every step. (Yates, IEEE JSAC 1995; Proposition 4.6 of
    https://arxiv.org/abs/2402.04029.) `enclosure` is this, with outward rounding.
-2. Let p = W b + x and B = diag σ′(p) W ≥ 0. Concavity gives B (b − a) ≤ g(b) − g(a) for every a. Also B b ≤ h, the
-   lesser of g(b) − g(0), by concavity, and p σ′(p), as W b ≤ p. Hence for the weights w = b − a + η b > 0 and
-   q = max_i (g(b) − g(a) + η h)_i / w_i
-
-        B w ≤ q w.
-
-   As the slopes of σ fall, |g(y) − g(z)| ≤ B |y − z| wherever y, z ≥ b. So where b ≤ z* and q < 1, g is a contraction
-   with factor q in the norm max_i |·|_i / w_i on {z ≥ b}, and Banach's bound holds for each unit of *any* z ≥ b:
+2. Let B = diag σ′(W b + x) W ≥ 0 for some b ≤ z*. As the slopes of σ fall, |g(y) − g(z)| ≤ B |y − z| wherever y, z ≥ b.
+   So if B w ≤ q w with w > 0 and q < 1, g is a contraction with factor q in the norm max_i |·|_i / w_i on {z ≥ b}, and
+   Banach's bound holds for each unit of *any* z ≥ b:
 
         |g(z) − z*| ≤ q / (1 − q) · max_j (|g(z) − z|_j / w_j) · w.
 
-   It takes two evaluations that the solver does anyway (a, b the iterates before), asks nothing of the size of W, and
-   lets the solver go on as it likes: z may be extrapolated or cached. `Certificate` is this. (Rounded iterates may
-   exceed z* by about γ / (1 − q); what that changes is of second order in the terms in γ that the bound has.)
-   The bound for z itself has 1 / (1 − q) in the place of q / (1 − q).
-3. Any w > 0 with B w ≤ q w, q < 1, does for fact 2. Products with B find better ones: w = b + B b + … + Bᵏ b, for
-   which B w = w − b + Bᵏ⁺¹ b, tends to (I − B)⁻¹ b, where q = 1 − min_i b_i / w_i. That is well below 1 also where a
-   unit lives off others almost linearly, so that no combination of b − a and b has a good q.
+   It takes nothing but weights w, asks nothing of the size of W, and lets the solver go on as it likes: z may be
+   extrapolated or cached. `Certificate` is this. The bound for z itself has 1 / (1 − q) in the place of q / (1 − q).
+3. Weights for nothing: w = b − a + η b, with a the iterate before b. W w is known from the W a + x and W b + x that the
+   solver evaluates anyway. Near the equilibrium b − a is close to the slowest mode, for which q is least.
+4. Better weights, for some products with B: w = b + B b + … + Bᵏ b, for which B w = w − b + Bᵏ⁺¹ b. Where B's spectral
+   radius is below 1 they tend to (I − B)⁻¹ b, for which q = 1 − min_i b_i / w_i. That is well below 1 also where a unit
+   lives off others almost linearly, so that no combination of b − a and b has a good q.
 
 Rounding. A float evaluation of g is off by a relative error of at most γ per unit: nothing cancels in a sum of
-nonnegative terms, and σ concave with σ(0) ≥ 0 does not amplify a relative error of its argument.
+nonnegative terms, and σ concave with σ(0) ≥ 0 does not amplify a relative error of its argument. An iterate b may thus
+lie above z*. But b − δ w does not, δ = max_i ((b − g(b))_i / w_i) / (1 − q), if B belongs to it: g(b − δ w) ≥ g(b) −
+q δ w ≥ b − δ w, and fact 1. So the slopes are taken at smaller arguments, and weights whose δ needs still smaller ones
+are refused.
 """
 
 from __future__ import annotations
@@ -65,51 +63,60 @@ def rounding_error(terms: int, like: Tensor, *, worst_case: bool) -> float:
 
 
 class Certificate:
-    """Bounds the error of iterates of one batch while they are computed; see fact 2 above.
+    """Bounds the error of iterates of one batch while they are computed by `step`; see facts 2 to 4 above.
 
-    The solver calls it after each evaluation. As long as a sample has no weights with a good enough rate it must be
-    iterated plainly, from `first`; afterwards freely, above `clamp`.
+    The solver calls it after each pair of steps. As long as a sample has no weights with a good enough rate it must be
+    iterated plainly, from σ(x); afterwards freely, above `clamp`.
 
     Args:
-        first: g(0) = σ(x), shape (N, ...), the solver's start.
         product: w ↦ W w.
+        x: Input of the layer, after the input map, shape (N, ...).
+        evaluate: σ, of a tensor and one to put the result into (or None).
         derivative: σ(p) ↦ σ′(p).
-        response: σ(p) ↦ p σ′(p).
         rounding: γ of `rounding_error`. The bounds are those of exact arithmetic, widened by it.
         exact: Indices of samples and iterates z of them ↦ g(z) in float64. Where γ alone, amplified, exceeds what is to
             be proven, one such evaluation takes its place; float32's actual errors are several times smaller than γ.
     """
 
     # What q / (1 − q) and the spread of w / b together may multiply a relative distance by. Worse weights need many
-    # more evaluations, and end at the rounding error times this. Samples that have none better after so many calls get
-    # those of fact 3, and after twice as many take the best they have had.
+    # more evaluations, and end at the rounding error times this. Samples that have none better after so many pairs get
+    # those of fact 4 (again after twice as many, and so on), and after twice as many take the best they have had.
     _GOOD_FACTOR, _PATIENCE = 50.0, 3
     _LEAST_ETA = 0.01
-    _TERMS = 3  # k of fact 3
+    _TERMS = 3  # k of fact 4
+    _MARGIN = 50.0  # how many γ smaller the arguments are that the slopes are taken at
 
     def __init__(
         self,
-        first: Tensor,
+        *,
         product: Callable[[Tensor], Tensor],
+        x: Tensor,
+        evaluate: Callable[[Tensor, Tensor | None], Tensor],
         derivative: Callable[[Tensor], Tensor],
-        response: Callable[[Tensor], Tensor],
         rounding: float,
         exact: Callable[[Tensor, Tensor], Tensor],
     ) -> None:
-        self.first = first
         self.product = product
+        self.x = x
+        self.evaluate = evaluate
         self.derivative = derivative
-        self.response = response
         self.rounding = rounding
+        self._margin = min(0.9, self._MARGIN * rounding)
         self.exact = exact
-        self.ready = torch.zeros(len(first), dtype=torch.bool, device=first.device)
+        self.ready = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         self._all_ready = False
-        self._calls = 0
-        self._dims = list(range(1, first.ndim))
-        self._weights = self._inverse = torch.ones_like(first)
-        self._base = first
-        self._amplification = torch.full((len(first),), math.inf, dtype=first.dtype, device=first.device)
+        self._calls, self._next_sums = 0, self._PATIENCE
+        self._dims = list(range(1, x.ndim))
+        self._argument = self._argument_before = x  # of σ in the last step, and in the one before
+        self._weights = self._inverse = torch.ones_like(x)
+        self._base = torch.zeros_like(x)
+        self._amplification = torch.full((len(x),), math.inf, dtype=x.dtype, device=x.device)
         self._spread = self._factor = self._amplification
+
+    def step(self, z: Tensor) -> Tensor:
+        """g(z) = σ(W z + x)."""
+        self._argument_before, self._argument = self._argument, self.product(z).add_(self.x)
+        return self.evaluate(self._argument, None)
 
     def __call__(self, value: Tensor, new: Tensor, change: Tensor, previous: Tensor, tol: float) -> Tensor:
         """Largest relative error of a unit of new = g(value), shape (N,): |new − z*| ≤ bound · new.
@@ -117,15 +124,15 @@ class Certificate:
         Infinite where it is unknown or far above `tol`, NaN where an entry is.
 
         Args:
-            value: Iterate, shape (N, ...).
-            new: g(value).
+            value: Iterate, shape (N, ...), from the step before the last one.
+            new: g(value), from the last step.
             change: new − value.
-            previous: The change of the evaluation before.
+            previous: The change of the step before.
             tol: What the bound will be compared with.
         """
         self._calls += 1
         if not self._all_ready:
-            self._weigh(value, new, change, previous)
+            self._weigh(value, new, previous)
         distance = (change * self._inverse).abs_().amax(self._dims)
         near = self.ready & (self._amplification * distance * self._spread < 3 * tol)
         bound = torch.where(distance.isnan(), distance, math.inf)
@@ -149,41 +156,39 @@ class Certificate:
         """`value`, not below the b of fact 2."""
         return torch.maximum(value, self._base)
 
-    def _weigh(self, value: Tensor, new: Tensor, change: Tensor, previous: Tensor) -> None:
-        """Take weights from the last two changes, for the samples that have no good ones and had no better ones."""
+    def _weigh(self, value: Tensor, new: Tensor, previous: Tensor) -> None:
+        """Look for weights at b = value, for the samples that have no good ones and had no better ones."""
+        argument = self._argument * ((1 - self.rounding) * (1 - self._margin))
+        slopes = self.derivative(self.evaluate(argument, None)) + self.rounding
         norm = torch.linalg.vector_norm
         # η = ‖b − a‖ / ‖b‖: the weights are then neither far from the slowest mode nor far from relative errors. The
         # floor is for what has converged before it had weights: rounding errors must not set them.
         eta = norm(previous, dim=self._dims, keepdim=True) / norm(value, dim=self._dims, keepdim=True)
         eta.nan_to_num_(1.0, 1.0).clamp_(min=self._LEAST_ETA)  # norms of very small samples vanish
-        weights = torch.addcmul(previous, eta, value)
-        # The response of a float next to 1 is off by up to 40 γ: 1 − σ has lost its digits, and p is at most 37.
-        own = torch.minimum(new - self.first, self.response(new)) + 40 * self.rounding * new
-        image = change + self.rounding * (new + value) + eta * own
-        rate = (image / weights).amax(self._dims)
-        self._take(weights, value, torch.where(self.ready, 1, rate))
-        if self._calls % self._PATIENCE == 0 and bool((poor := ~self.ready).any()):
-            rows = poor.nonzero()[:, 0]
-            base = value[rows]
-            # Slopes of a smooth σ are off by at most 2 γ, and where ReLU6 is flat as computed it is so up to γ. Another
-            # γ each is for the rounding of the slope and, as slopes are at most 1, for that of the product.
-            slopes = self.derivative(new[rows]) + 4 * self.rounding
-            sums = base
-            for _ in range(self._TERMS):
-                sums = base + slopes * self.product(sums)
-            weights, rate = weights.clone(), torch.ones_like(rate)
-            weights[rows] = sums
-            rate[rows] = (slopes * self.product(sums) / sums).amax(self._dims)
-            self._take(weights, value, rate)
+        upper, lower = (1 + self.rounding) * self._argument, (1 - self.rounding) * self._argument_before
+        image = slopes * ((1 + eta) * upper - lower - eta * self.x)
+        self._take(value, new, torch.addcmul(previous, eta, value), image, ~self.ready)
+        if self._calls == self._next_sums:
+            self._next_sums *= 2
+            rows = (~self.ready).nonzero()[:, 0]
+            if len(rows):
+                weights, image = value.clone(), torch.full_like(value, math.inf)
+                base, slopes = value[rows], slopes[rows]
+                for _ in range(self._TERMS):
+                    weights[rows] = base + slopes * self.product(weights[rows])
+                image[rows] = (1 + self.rounding) * slopes * self.product(weights[rows])
+                self._take(value, new, weights, image, ~self.ready)
         self.ready = self._factor < (self._GOOD_FACTOR if self._calls < 2 * self._PATIENCE else math.inf)
         self._all_ready = self.ready.device.type == "cpu" and bool(self.ready.all())
 
-    def _take(self, weights: Tensor, base: Tensor, rate: Tensor) -> None:
-        """Take weights and b of the samples for which q = `rate` is below 1 and they amplify less than those before."""
-        relative = weights / base
+    def _take(self, base: Tensor, new: Tensor, weights: Tensor, image: Tensor, wanted: Tensor) -> None:
+        """Let the `wanted` samples have these weights where they amplify less than those before; image is B w."""
+        relative, rate = weights / base, (image / weights).amax(self._dims)
         spread = relative.amax(self._dims)
         factor = rate / (1 - rate) * spread / relative.amin(self._dims)
-        better = (rate >= 0) & (rate < 1) & (factor < self._factor)
+        excess = ((base - (1 - self.rounding) * new) / weights).amax(self._dims).clamp(min=0) / (1 - rate)  # δ
+        sound = (rate >= 0) & (rate < 1) & (excess * spread <= self._margin)
+        better = wanted & sound & (factor < self._factor)
         if better.device.type != "cpu" or bool(better.any()):
             chosen = better.view(-1, *[1] * len(self._dims))
             self._weights = torch.where(chosen, weights, self._weights)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._higher_order_ops.while_loop import while_loop
 from torch.nn.grad import conv2d_weight
 
-from pcdeq_zoo.certificate import rounding_error
+from pcdeq_zoo.certificate import Certificate, rounding_error
 from pcdeq_zoo.solver import Solution, Solver
 
 __all__ = ["ACTIVATIONS", "Activation", "PcDEQConv2d", "PcDEQLinear"]
@@ -31,7 +31,6 @@ class Activation(NamedTuple):
     module: Callable[[], nn.Module]
     evaluate: Callable[[Tensor, Tensor | None], Tensor]  # σ of nonnegative numbers, into a tensor if one is given
     derivative: Callable[[Tensor], Tensor]  # σ′(p) as a function of the *output* σ(p)
-    response: Callable[[Tensor], Tensor]  # p σ′(p) likewise
     bound: float  # sup σ
     kind: int  # 1 or 2: the paper's list, and with it pcDEQ-1 or pcDEQ-2
 
@@ -41,7 +40,6 @@ ACTIVATIONS = {
         module=nn.ReLU6,
         evaluate=lambda p, out: torch.clamp(p, max=6, out=out),
         derivative=lambda z: ((z > 0) & (z < 6)).to(z.dtype),
-        response=lambda z: z * (z < 6),
         bound=6.0,
         kind=1,
     ),
@@ -49,7 +47,6 @@ ACTIVATIONS = {
         module=nn.Tanh,
         evaluate=lambda p, out: torch.tanh(p, out=out),
         derivative=lambda z: 1 - z * z,
-        response=lambda z: (1 - z * z) * torch.atanh(_below_one(z)),
         bound=1.0,
         kind=1,
     ),
@@ -57,7 +54,6 @@ ACTIVATIONS = {
         module=nn.Softsign,
         evaluate=lambda p, out: torch.div(p, p + 1, out=out),
         derivative=lambda z: (1 - z).square(),
-        response=lambda z: (1 - z) * z,
         bound=1.0,
         kind=1,
     ),
@@ -65,15 +61,10 @@ ACTIVATIONS = {
         module=nn.Sigmoid,
         evaluate=lambda p, out: torch.sigmoid(p, out=out),
         derivative=lambda z: z * (1 - z),
-        response=lambda z: z * (1 - z) * torch.logit(_below_one(z)),
         bound=1.0,
         kind=2,
     ),
 }
-
-
-def _below_one(z: Tensor) -> Tensor:
-    return z.clamp(max=1 - torch.finfo(z.dtype).eps / 2)
 
 
 _BLOCK_BYTES = 2**21
@@ -301,8 +292,10 @@ class _PcDEQLayer(nn.Module):
     def _equilibrium(self, u: Tensor, weight: Tensor) -> Solution:
         weight = self._arrange_weight(weight)
         coarse = self._coarse(weight)
-        rounding = rounding_error(weight[0].numel(), u, worst_case=False)
-        _, evaluate, derivative, response, *_ = ACTIVATIONS[self.activation]
+        activation = ACTIVATIONS[self.activation]
+
+        def product(w: Tensor) -> Tensor:
+            return self._map(w, weight)
 
         def solve_block(rows: slice) -> Solution:
             x = self._input_map(u[rows])
@@ -310,20 +303,27 @@ class _PcDEQLayer(nn.Module):
 
             def step(z: Tensor) -> Tensor:
                 nonlocal pre
-                pre = self._map(z, weight).add_(x)
-                return evaluate(pre, None)
-
-            def product(w: Tensor) -> Tensor:
-                return self._map(w, weight)
+                pre = product(z).add_(x)
+                return activation.evaluate(pre, None)
 
             def again(change: Tensor) -> Tensor:
-                return evaluate(pre.add_(self._map(change.to(coarse.dtype), coarse)), pre)
+                return activation.evaluate(pre.add_(self._map(change.to(coarse.dtype), coarse)), pre)
 
             def exact(samples: Tensor, z: Tensor) -> Tensor:
                 return self._step(z.double(), weight.double(), self._input_map(u[rows][samples].double()))
 
+            def certificate() -> Certificate:
+                return Certificate(
+                    product=product,
+                    x=x,
+                    evaluate=activation.evaluate,
+                    derivative=activation.derivative,
+                    rounding=rounding_error(weight[0].numel(), u, worst_case=False),
+                    exact=exact,
+                )
+
             # σ(x) is the iterate after 0, and costs no evaluation of W.
-            return self.solver.forward(step, evaluate(x, None), product, derivative, response, rounding, exact, again)
+            return self.solver.forward(step, activation.evaluate(x, None), again, certificate)
 
         return self._solve_in_blocks(solve_block, u, "forward")
 

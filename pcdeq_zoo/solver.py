@@ -284,25 +284,21 @@ class Solver:
         self,
         step: Callable[[Tensor], Tensor],
         first: Tensor,
-        product: Callable[[Tensor], Tensor],
-        derivative: Callable[[Tensor], Tensor],
-        response: Callable[[Tensor], Tensor],
-        rounding: float,
-        exact: Callable[[Tensor, Tensor], Tensor],
         again: Callable[[Tensor], Tensor] | None,
+        certificate: Callable[[], Certificate],
     ) -> Solution:
-        """Equilibrium of a positive concave `step` from first = step(0); see `Certificate` and `solve`."""
-        certify = self.stop == "certified" and not first.is_meta
+        """Equilibrium of a positive concave `step` from first = step(0), or by the steps of its certificate."""
+        proof = certificate() if self.stop == "certified" and not first.is_meta else None
         return solve(
-            step,
+            step if proof is None else proof.step,
             first,
             tol=self.tol,
             max_evals=self.max_evals,
             stop="residual" if self.stop == "residual" else "estimated",
             accelerate=True,
-            again=None if certify else again,
+            again=again if proof is None else None,
             nonnegative=True,
-            certificate=Certificate(first, product, derivative, response, rounding, exact) if certify else None,
+            certificate=proof,
         )
 
     def backward(

@@ -95,36 +95,38 @@ def test_an_enclosure_holds_however_early_it_stops(kind: str, activation: str):
 
 @every_layer
 @pytest.mark.parametrize("norm", [0.5, 3.0, 30.0])
-@pytest.mark.parametrize("fact", [2, 3])
+@pytest.mark.parametrize("fact", [3, 4])
 def test_the_weights_make_the_map_a_contraction(kind: str, activation: str, norm: float, fact: int):
-    """Facts 2 and 3 themselves: for random y, z above the base, whether iterates or not."""
+    """Fact 2 with the weights of facts 3 and 4: for any y, z above the base, random or next to it."""
     layer, x = make(kind, activation, norm)
     weight, x = layer._arrange_weight(layer.weight), layer._input_map(layer._arrange(x))
-    a = layer._step(torch.zeros_like(x), weight, x)
     certificate = Certificate(
-        a,
-        lambda w: layer._map(w, weight),
-        ACTIVATIONS[activation].derivative,
-        ACTIVATIONS[activation].response,
-        rounding_error(weight[0].numel(), x, worst_case=False),
-        lambda rows, z: layer._step(z, weight, x[rows]),
+        product=lambda w: layer._map(w, weight),
+        x=x,
+        evaluate=ACTIVATIONS[activation].evaluate,
+        derivative=ACTIVATIONS[activation].derivative,
+        rounding=rounding_error(weight[0].numel(), x, worst_case=False),
+        exact=lambda rows, z: layer._step(z, weight, x[rows]),
     )
-    for _ in range(30):
-        b = layer._step(a, weight, x)
-        new = layer._step(b, weight, x)
-        # Without a change before, there are no weights of fact 2.
-        certificate(b, new, new - b, b - a if fact == 2 else torch.full_like(a, torch.nan), 1e-3)
+    a = layer.sigma(x)
+    for _ in range(50):
+        b = certificate.step(a)
+        new = certificate.step(b)
+        # Without a change before, there are no weights of fact 3.
+        certificate(b, new, new - b, b - a if fact == 3 else torch.full_like(a, torch.nan), 1e-3)
         if certificate.ready.all():
             break
         a = new
     assert certificate.ready.all()
     weights, base = certificate._weights, certificate._base
     rate = certificate._amplification / (1 + certificate._amplification)  # of q / (1 − q)
-    for _ in range(50):
-        y, z = (torch.maximum(torch.rand_like(x) * BOUND[activation], base) for _ in range(2))
+    pairs = [[torch.maximum(torch.rand_like(x) * BOUND[activation], base) for _ in range(2)] for _ in range(50)]
+    for y, z in [*pairs, [base, base + 1e-3 * weights]]:
         distance = ((y - z).abs() / weights).flatten(1).amax(1)
         image = ((layer._step(y, weight, x) - layer._step(z, weight, x)).abs() / weights).flatten(1).amax(1)
         assert (image <= rate * distance * (1 + 1e-9)).all()
+    # Next to the base the rate is what it says, but for the margin of saturated units.
+    assert (image >= 0.9 * rate * distance)[rate > 0.01].all()
 
 
 @every_layer
@@ -192,8 +194,8 @@ def test_an_exact_evaluation_goes_where_the_rounding_bound_does_not(activation: 
 
 
 def _without_exact(init):
-    def patched(self, *args):
-        init(self, *args[:-1], lambda rows, z: torch.full_like(z, torch.inf, dtype=torch.float64))
+    def patched(self, **kwargs):
+        init(self, **kwargs | {"exact": lambda rows, z: torch.full_like(z, torch.inf, dtype=torch.float64)})
 
     return patched
 
@@ -210,6 +212,32 @@ def test_a_chain_of_units_is_certified(activation: str):
     solution = layer.solve(x)
     assert solution.evaluations.item() <= 6
     assert_holds(solution, truth(layer, x))
+
+
+@pytest.mark.parametrize("weight", [0.3, 0.5765])  # bfloat16 rounds these up
+def test_bounds_hold_at_the_corner_of_relu6_and_with_coarse_products(weight: float, monkeypatch):
+    """Equilibria just below 6, where computed iterates are at 6 and g looks flat."""
+    monkeypatch.setattr(PcDEQLinear, "_map", _coarse_map)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        layer = PcDEQLinear(1, "relu6", Solver(tol=1e-2, on_failure="ignore"))
+        with torch.no_grad():
+            layer.weight_v.fill_(weight)
+            layer.weight_g.fill_(weight)
+        x = 6 * (1 - weight) * torch.linspace(0.97, 1.01, 500)[:, None]
+        u = torch.log(torch.expm1(5 * x.double())).float() / 5
+        solution, z = layer.solve(u), enclosure(layer, u, tol=1e-12)
+        assert (solution.lower.double() <= z.upper).all()
+        assert (z.lower <= solution.upper.double()).all()
+        assert (solution.value == 6).sum() > (z.upper == 6).sum()  # the case is there
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def _coarse_map(self, z: Tensor, weight: Tensor) -> Tensor:
+    if z.dtype == torch.float64:
+        return nn.functional.linear(z, weight)
+    return nn.functional.linear(z.bfloat16().float(), weight.bfloat16().float())
 
 
 def test_a_broken_bound_is_noticed(monkeypatch):

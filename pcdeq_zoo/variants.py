@@ -127,12 +127,14 @@ def _variants() -> dict[str, Variant]:
                 paper_accuracy=accuracy,
                 recipes={
                     "paper": Recipe(epochs, lr, decay, augmentation=augmentation, lr_decay_epoch=decay_epoch),
+                    # Chosen with MC-ReLU6 on the last 5,000 training images of CIFAR-10, and not tuned for the others.
                     "zoo": Recipe(
                         epochs // 5,
-                        4e-3,
-                        decay,
+                        1.2e-2,
+                        0.05,
                         batch_size=128,
                         augmentation=augmentation,
+                        label_smoothing=0.1,
                         stop="estimated",
                         tol=1e-3,
                     ),

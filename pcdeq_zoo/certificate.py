@@ -83,8 +83,7 @@ class Certificate:
     # those of fact 4 (again after twice as many, and so on), and after twice as many take the best they have had.
     _GOOD_FACTOR, _PATIENCE = 50.0, 3
     _LEAST_ETA = 0.01
-    _TERMS = 3  # k of fact 4
-    _MARGIN = 50.0  # how many γ smaller the arguments are that the slopes are taken at
+    _MARGIN = 100.0  # how many γ smaller the arguments are that the slopes are taken at
 
     def __init__(
         self,
@@ -174,7 +173,7 @@ class Certificate:
             if len(rows):
                 weights, image = value.clone(), torch.full_like(value, math.inf)
                 base, slopes = value[rows], slopes[rows]
-                for _ in range(self._TERMS):
+                for _ in range(self._calls):  # k of fact 4: more where few were not enough
                     weights[rows] = base + slopes * self.product(weights[rows])
                 image[rows] = (1 + self.rounding) * slopes * self.product(weights[rows])
                 self._take(value, new, weights, image, ~self.ready)

@@ -438,7 +438,8 @@ def _default_cfgs() -> dict[str, dict[str, Any]]:
     """A config for each checkpoint in the package, and one without weights for each model that has none."""
     checkpoints: dict[str, str | None] = {model: model for model in results()}
     trained = {model.split(".")[0] for model in checkpoints}
-    checkpoints |= {f"{name}.paper": None for name in VARIANTS if name not in trained}
+    default = {name: next(iter(variant.recipes)) for name, variant in VARIANTS.items()}
+    checkpoints |= {f"{name}.{tag}": None for name, tag in default.items() if name not in trained}
     return {model: _cfg(VARIANTS[model.split(".")[0]], checkpoint) for model, checkpoint in checkpoints.items()}
 
 

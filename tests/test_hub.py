@@ -584,7 +584,7 @@ class TestCards:
     def test_card_on_the_hub_parses(self, hub: Hub):
         card = ModelCard(hub.blob(f"{NAMESPACE}/{CHECKPOINT}", "README.md").read_text(encoding="utf-8"))
         assert card.data.to_dict()["library_name"] == "timm"
-        assert card.data.eval_results[0].metric_value == float(results()[CHECKPOINT]["top1"]) / 100
+        assert card.data.eval_results[0].metric_value == pytest.approx(float(results()[CHECKPOINT]["top1"]) / 100)
 
     def test_collection_card(self):
         text = (ROOT / "MODEL_CARD.md").read_text(encoding="utf-8")

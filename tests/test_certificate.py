@@ -131,7 +131,7 @@ def test_the_weights_make_the_map_a_contraction(kind: str, activation: str, norm
 
 @every_layer
 def test_the_rate_of_plain_iterates_never_rises(kind: str, activation: str):
-    """q_k = max d_k / d_{k−1}: what makes a bound found early stay one."""
+    """q_k = max d_k / d_{k−1}, by concavity."""
     layer, x = make(kind, activation, 3.0)
     weight, x = layer._arrange_weight(layer.weight), layer._input_map(layer._arrange(x))
     iterates = [torch.zeros_like(x)]

@@ -72,7 +72,7 @@ One run, seed {seed}, last epoch; nothing was chosen on the test set. `results.c
 
 ```python
 import timm, torch
-import pcdeq_zoo  # registers the models; `pip install pcdeq-zoo`, or `pip install .` in a checkout
+import pcdeq_zoo  # registers the models; `pip install .` in a checkout of pcdeq_zoo installs it
 
 model = timm.create_model("hf-hub:{repository}", pretrained=True).eval()
 model = timm.create_model("{checkpoint}", pretrained=True).eval()  # the same file, from the package, offline

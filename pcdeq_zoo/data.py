@@ -17,7 +17,7 @@ from torch import Tensor
 __all__ = ["DATASETS", "DataError", "Dataset", "load", "normalize"]
 
 DATA_ROOT_VARIABLE = "PCDEQ_ZOO_DATA"
-_DEFAULT_DATA_ROOT = "../shared/data"
+DEFAULT_DATA_ROOT = "../shared/data"
 _SAMPLES = Path(__file__).parent / "samples"
 
 Split = Literal["train", "test"]
@@ -129,7 +129,7 @@ def load(dataset: Dataset, split: Split, source: str | Path | None = None) -> tu
     if split not in dataset.sizes:
         raise ValueError(f"split must be train or test, got {split!r}")
     if source is None:
-        source = Path(os.environ.get(DATA_ROOT_VARIABLE, _DEFAULT_DATA_ROOT)) / dataset.folder
+        source = Path(os.environ.get(DATA_ROOT_VARIABLE, DEFAULT_DATA_ROOT)) / dataset.folder
         source = source if source.is_dir() else "hub"
     if source == "hub":
         files = _download(dataset, split)
@@ -170,7 +170,7 @@ def _read_parquet(dataset: Dataset, files: Iterable[Path]) -> tuple[Tensor, Tens
     try:
         import pyarrow.parquet as pq
     except ImportError as error:
-        raise DataError("reading parquet files needs pyarrow: pip install 'pcdeq-zoo[recipes]'") from error
+        raise DataError("reading parquet files needs pyarrow: pip install pyarrow") from error
 
     images: list[np.ndarray] = []
     labels: list[int] = []
@@ -200,7 +200,11 @@ def _decode(dataset: Dataset, file: Path, data: bytes) -> np.ndarray:
     from PIL import Image
 
     channels, height, width = dataset.input_size
-    image = Image.open(io.BytesIO(data))
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.load()
+    except OSError as error:  # PIL's own errors are of this class
+        raise DataError(f"{file} holds an image that cannot be read: {error}") from error
     if image.size != (width, height):
         raise DataError(f"{file} holds a {image.width}x{image.height} image, {dataset.title} has {width}x{height}")
     array = np.asarray(image.convert("L" if channels == 1 else "RGB"))

@@ -441,7 +441,7 @@ class PcDEQLinear(_PcDEQLayer):
     Args:
         features: n, entries per sample.
         activation: "relu6", "tanh", "softsign" (pcDEQ-1) or "sigmoid" (pcDEQ-2).
-        solver: Settings, shared by the layers of a model; by default the paper's (`Solver`).
+        solver: Settings, shared by the layers of a model; by default `Solver()`.
 
     Shape:
         (N, features) or any (N, ...) whose samples hold `features` entries, to the same.
@@ -487,7 +487,7 @@ class PcDEQConv2d(_PcDEQLayer):
         channels: C, of input and output.
         activation: "relu6", "tanh", "softsign" (pcDEQ-1) or "sigmoid" (pcDEQ-2).
         kernel_size: Odd; 3 in the paper.
-        solver: Settings, shared by the layers of a model; by default the paper's (`Solver`).
+        solver: Settings, shared by the layers of a model; by default `Solver()`.
 
     Shape:
         (N, C, H, W) to the same, in channels_last memory order, in which these convolutions run fastest.

@@ -11,7 +11,6 @@ Publishing again changes nothing; an interrupted run is completed by running it 
 from __future__ import annotations
 
 import argparse
-import csv
 import fnmatch
 import re
 import shutil
@@ -35,7 +34,7 @@ from tqdm import tqdm
 
 import pcdeq_zoo
 from pcdeq_zoo.cards import model_card
-from pcdeq_zoo.weights import CHECKPOINTS, RESULT_COLUMNS, WeightsError, hub_digest, results, sha256
+from pcdeq_zoo.weights import CHECKPOINTS, WeightsError, hub_digest, results, sha256, write_rows
 
 __all__ = ["PublishError", "main", "publish", "write_folder"]
 
@@ -56,10 +55,7 @@ def write_folder(checkpoint: str, repository: str, tag: str, folder: Path) -> No
         raise PublishError(f"{weights} is missing or not the file of its results row; install pcdeq_zoo again")
     shutil.copyfile(weights, folder / "model.safetensors")
     shutil.copyfile(CHECKPOINTS / f"{checkpoint}.jsonl", folder / "log.jsonl")
-    with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, RESULT_COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerow(row)
+    write_rows(folder / "results.csv", [row])
     save_config_for_hf(timm.create_model(checkpoint), str(folder / "config.json"))
     model_card(checkpoint, repository, tag).save(folder / "README.md")
 

@@ -14,7 +14,9 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import HFValidationError, HTTPError
@@ -33,6 +35,7 @@ __all__ = [
     "local_file",
     "results",
     "sha256",
+    "write_rows",
 ]
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
@@ -79,6 +82,16 @@ def results() -> dict[str, dict[str, str]]:
     """The rows of `checkpoints/results.csv` by "model.tag", in the file's order; a model's first is its default."""
     with (CHECKPOINTS / "results.csv").open(newline="", encoding="utf-8") as file:
         return {row["model"]: row for row in csv.DictReader(file)}
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write rows with the keys `RESULT_COLUMNS` to a CSV file, under a temporary name that is then renamed."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, RESULT_COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.replace(path)
 
 
 def sha256(path: Path) -> str:

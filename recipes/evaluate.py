@@ -12,8 +12,8 @@ results.csv.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
+import math
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from pcdeq_zoo import VARIANTS, DataError, Dataset, WeightsError, record_solves
 from pcdeq_zoo.data import load, normalize
-from pcdeq_zoo.weights import RESULT_COLUMNS, results, sha256
+from pcdeq_zoo.weights import RESULT_COLUMNS, results, sha256, write_rows
 
 
 @torch.inference_mode()
@@ -39,12 +39,14 @@ def evaluate(
     Returns:
         n, top1 and top5 in percent, nll (mean cross-entropy in nats), evals_mean and evals_max (evaluations of W per
         image and pcDEQ layer), evals_layers (the mean layer by layer, "5.9/8.1/12.4"), bound_max (largest proven
-        relative error of a unit), and ece: the expected calibration error in percent, mean |confidence − accuracy| over
-        15 equal bins of confidence, weighted by their images (Guo et al., ICML 2017).
+        relative error of a unit; None where one could not be proven at all), and ece: the expected calibration error
+        in percent, mean |confidence − accuracy| over 15 equal bins of confidence, weighted by their images (Guo et al.,
+        ICML 2017).
     """
     model.eval()
     device = next(model.parameters()).device
-    top1 = top5 = nll = bound_max = 0.0
+    top1 = top5 = nll = 0.0
+    bounds = []
     evaluations: dict[str, int] = defaultdict(int)
     evaluations_max = 0
     confidences, hits_all = [], []
@@ -62,8 +64,9 @@ def evaluate(
         for record in records:
             evaluations[record.layer] += int(record.evaluations.sum())
             evaluations_max = max(evaluations_max, int(record.evaluations.max()))
-            bound_max = max(bound_max, record.bound.max().item())
+            bounds.append(record.bound.max().item())
     n = len(images)
+    bound_max = max(bounds) if all(map(math.isfinite, bounds)) else None
     return {
         "n": n,
         "top1": round(100 * top1 / n, 4),
@@ -73,7 +76,7 @@ def evaluate(
         "evals_mean": round(sum(evaluations.values()) / len(evaluations) / n, 2),
         "evals_layers": "/".join(f"{total / n:.2f}" for total in evaluations.values()),
         "evals_max": evaluations_max,
-        "bound_max": float(f"{bound_max:.2e}"),
+        "bound_max": None if bound_max is None else float(f"{bound_max:.2e}"),
     }
 
 
@@ -115,7 +118,7 @@ def measure_run(run: Path, data: str | None, device: torch.device) -> dict[str, 
         "hours": round(sum(line["seconds"] for line in log) / 3600, 2),
     }
     row = results_row(model, measured, known)
-    write_row(row, run / ("held_out.csv" if held_out else "results.csv"))
+    write_rows(run / ("held_out.csv" if held_out else "results.csv"), [row])
     return row
 
 
@@ -136,24 +139,14 @@ def results_row(model: nn.Module, measured: dict[str, Any], known: dict[str, Any
         "top5_err": round(100 - measured["top5"], 4),
         "param_count": round(variant.parameters / 1e6, 6),
         "img_size": variant.dataset.input_size[-1],
-        "crop_pct": 1.0,
-        "interpolation": "bilinear",
+        "crop_pct": model.pretrained_cfg["crop_pct"],
+        "interpolation": model.pretrained_cfg["interpolation"],
         "paper_top1": variant.paper_accuracy,
         "tol": model.solver.tol,
         "bytes": weights.stat().st_size,
         "sha256": sha256(weights),
     }
     return {column: values[column] for column in RESULT_COLUMNS}
-
-
-def write_row(row: dict[str, Any], path: Path) -> None:
-    """Write a CSV file of one row."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, RESULT_COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerow(row)
-    temporary.replace(path)
 
 
 def main() -> None:
@@ -169,8 +162,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the results row to this CSV file")
     args = parser.parse_args()
     name = (args.model or "").rpartition("/")[2].split("@")[0].split(".")[0]
-    if args.model and ":" not in args.model and name not in VARIANTS:
-        parser.error(f"unknown model {name}; the zoo has {', '.join(VARIANTS)}")
+    if args.model and ":" not in args.model:
+        if name not in VARIANTS:
+            parser.error(f"unknown model {name}; the zoo has {', '.join(VARIANTS)}")
+        if "." in args.model and args.model not in results():
+            parser.error(f"no weights of {args.model} ship; there are {', '.join(results())}")
+    if args.batch_size < 1:
+        parser.error(f"--batch-size must be above 0, got {args.batch_size}")
     if args.run and (args.checkpoint or args.output):
         parser.error("--checkpoint and --output go with --model")
 
@@ -183,14 +181,18 @@ def main() -> None:
         else:
             overlay = {"file": str(args.checkpoint)} if args.checkpoint else None
             model = timm.create_model(args.model, pretrained=True, pretrained_cfg_overlay=overlay)
-            dataset = VARIANTS[model.pretrained_cfg["architecture"]].dataset
+            architecture = model.pretrained_cfg["architecture"]
+            if architecture not in VARIANTS:
+                raise SystemExit(f"{args.model} holds a {architecture}; this measures models of the zoo only")
+            dataset = VARIANTS[architecture].dataset
             images, labels = load(dataset, "test", args.data)
             model.to(accelerator.device)
             measured = evaluate(model, dataset, images, labels, args.batch_size, progress=True)
             if args.output:
-                tag = f"{model.pretrained_cfg['architecture']}.{model.pretrained_cfg.get('tag')}"
-                known = {"model": tag, **(results().get(tag, {}) if not args.checkpoint else {})}
-                write_row(results_row(model, measured, known), args.output)
+                # How it was trained is known of the very files that ship, and of no other that says it is one.
+                digest = sha256(Path(model.pretrained_cfg["file"]))
+                known = next((row for row in results().values() if row["sha256"] == digest), {"model": architecture})
+                write_rows(args.output, [results_row(model, measured, known)])
     except (WeightsError, DataError) as error:
         raise SystemExit(str(error)) from error
     print(json.dumps(measured))

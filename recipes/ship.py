@@ -2,8 +2,11 @@
 
     python recipes/ship.py runs/pcdeq1_l_tanh_mnist.paper.seed0 [RUN ...]
 
-Seed 0 ships, not the luckiest one. The row and the log of every run go to docs/runs, from which the report takes its
-means. Refuses a run that was not measured on the whole test set. What is there already is replaced.
+Seed 0 ships, not the luckiest one. The row, the log and the settings of every run go to docs/runs, from which the
+report takes its means. Refuses a run that was not measured on the whole test set. What is there already is replaced.
+
+Then `python recipes/report.py` brings tables and figures up to date, and tests/test_weights.py the logits that the
+tests expect.
 """
 
 from __future__ import annotations
@@ -12,11 +15,12 @@ import argparse
 import csv
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
 from pcdeq_zoo import VARIANTS
-from pcdeq_zoo.weights import CHECKPOINTS, RESULT_COLUMNS, results, sha256
+from pcdeq_zoo.weights import CHECKPOINTS, results, sha256, write_rows
 
 RUNS = Path(__file__).parents[1] / "docs" / "runs"
 
@@ -34,11 +38,14 @@ def ship(run: Path) -> str:
     """Record one run, and copy it into the package if its seed is 0; returns its "model.tag".
 
     Raises:
-        SystemExit: An unfinished run, a file that is not the one the row was measured on, not the whole test set, or
-            settings other than those of the recipe that the tag names.
+        SystemExit: An unfinished run, a file that is not the one the row was measured on, not the whole test set, an
+            equilibrium that was not proven, code that is not a commit, or settings other than those of the recipe
+            that the tag names.
     """
-    weights, log, row_file = (run / name for name in ("model.safetensors", "log.jsonl", "results.csv"))
-    if missing := [file.name for file in (weights, log, row_file, run / "run.json") if not file.is_file()]:
+    parts = weights, log, row_file, record = [
+        run / name for name in ("model.safetensors", "log.jsonl", "results.csv", "run.json")
+    ]
+    if missing := [file.name for file in parts if not file.is_file()]:
         raise SystemExit(f"{run} is not a finished run: it has no {', '.join(missing)}")
     with row_file.open(newline="", encoding="utf-8") as file:
         (row,) = csv.DictReader(file)
@@ -49,7 +56,12 @@ def ship(run: Path) -> str:
     if int(row["n"]) != variant.dataset.sizes["test"]:
         raise SystemExit(f"{run} was measured on {row['n']} images, not on the {variant.dataset.sizes['test']:,}")
 
-    settings = json.loads((run / "run.json").read_text("utf-8"))
+    if not row["bound_max"] or not float(row["bound_max"]) <= float(row["tol"]):
+        raise SystemExit(f"{run} has unproven equilibria: largest bound {row['bound_max'] or 'none'}, tol {row['tol']}")
+    if not re.fullmatch("[0-9a-f]{12}", row["commit"]):
+        raise SystemExit(f"{run} was not trained by a commit of this code, but by {row['commit'] or 'none'}")
+
+    settings = json.loads(record.read_text("utf-8"))
     wanted = {
         "recipe": dataclasses.asdict(variant.recipes[name.split(".")[1]]),
         "images": variant.dataset.sizes["train"],
@@ -63,9 +75,10 @@ def ship(run: Path) -> str:
 
     RUNS.mkdir(parents=True, exist_ok=True)
     _replace(RUNS / f"{name}.seed{seed}.jsonl", log)
+    _replace(RUNS / f"{name}.seed{seed}.json", record)
     _write_rows(RUNS / "runs.csv", {**recorded(), (name, seed): row})
     if seed == 0:
-        # The weights first: a row without its file would be a broken model, a file without a row is ignored.
+        # The row last: without one a file is ignored, and between the two a file that replaces another is refused.
         _replace(CHECKPOINTS / f"{name}.safetensors", weights)
         _replace(CHECKPOINTS / f"{name}.jsonl", log)
         _write_rows(
@@ -82,12 +95,7 @@ def _write_rows(path: Path, rows: dict[tuple[str, int], dict[str, str]]) -> None
         model, tag = key[0].split(".")
         return models.index(model), list(VARIANTS[model].recipes).index(tag), key[1]
 
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, RESULT_COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows[key] for key in sorted(rows, key=place))
-    temporary.replace(path)
+    write_rows(path, [rows[key] for key in sorted(rows, key=place)])
 
 
 def _replace(target: Path, source: Path) -> None:

@@ -7,20 +7,20 @@
 Every run has a folder <runs>/<model>.<recipe>.seed<seed>, and beside it a file with what it prints, of the same name
 and .txt. Runs that are finished are left alone, others go on where they were: start a sweep that was killed again. A
 folder with a run of other settings is refused: give trials, such as those with --hold-out, a place of their own with
---runs. The CPU threads are shared among the jobs. What follows `--` goes to recipes/train.py.
+--runs. What follows `--` goes to recipes/train.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import fnmatch
-import os
 import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from pcdeq_zoo import VARIANTS
@@ -58,18 +58,22 @@ def main() -> None:
     parser.add_argument("--recipe", choices=("paper", "zoo"), default="paper")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="default: 0")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="of the CPU, per run (default: PyTorch's, shared among the jobs)"
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="default: runs")
     parser.add_argument("--print", action="store_true", help="print the commands and run nothing")
     arguments = sys.argv[1:]
     split = arguments.index("--") if "--" in arguments else len(arguments)
     args = parser.parse_args(arguments[:split])
-    if args.jobs < 1:
-        parser.error(f"--jobs must be above 0, got {args.jobs}")
+    threads = max(1, torch.get_num_threads() // max(1, args.jobs)) if args.threads is None else args.threads
+    for flag, value in (("jobs", args.jobs), ("threads", threads)):
+        if value < 1:
+            parser.error(f"--{flag} must be above 0, got {value}")
     models = [name for name in VARIANTS if any(fnmatch.fnmatch(name, glob) for glob in args.models)]
     if not models:
         parser.error(f"no model matches {' '.join(args.models)}; the zoo has {', '.join(VARIANTS)}")
 
-    threads = max(1, (os.cpu_count() or 1) // args.jobs)
     runs = commands(args.runs, models, args.recipe, args.seeds, threads, arguments[split + 1 :])
     if args.print:
         print("\n".join(shlex.join(command) for command in runs.values()))

@@ -15,7 +15,8 @@ Two processes on CPUs, which give what one gives, up to rounding:
     accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no \\
         recipes/train.py --cpu --processes 2 --model pcdeq1_l_tanh_mnist
 
-`accelerate launch --cpu --num_processes 2` starts only one (accelerate 1.15); --processes refuses that.
+`accelerate launch --cpu --num_processes 2` starts only one (accelerate 1.15), which is refused, as is any other number
+than --processes says.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import argparse
 import dataclasses
 import fcntl
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -45,8 +47,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from tqdm import tqdm
 
-from pcdeq_zoo import VARIANTS, PcDEQLinear, Recipe, SolveRecord, record_solves
-from pcdeq_zoo.data import DataError, load, normalize
+from pcdeq_zoo import VARIANTS, DataError, PcDEQLinear, Recipe, SolveRecord, WeightsError, record_solves
+from pcdeq_zoo.data import load, normalize
 
 
 class _SumOverProcesses(torch.autograd.Function):
@@ -194,7 +196,9 @@ class Run:
         self.accelerator.save_state(str(temporary))
         self.accelerator.wait_for_everyone()
         if main and not (folder / name).exists():
-            shutil.copyfile(self.output / "run.json", temporary / "run.json")
+            for record in ("run.json", "log.jsonl"):
+                if (self.output / record).exists():
+                    shutil.copyfile(self.output / record, temporary / record)
             temporary.rename(folder / name)
             for other in folder.iterdir():
                 if other.name != name:
@@ -202,20 +206,19 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def resume(self, state: Path | None) -> None:
-        """Go back to a saved state, or to the beginning; the log's lines of later epochs go."""
+        """Go back to a saved state and the log that it had, or to the beginning."""
         if state:
             self.accelerator.load_state(str(state))
             self.accelerator.print(f"resumed from {state}")
         if not self.accelerator.is_main_process:  # or the sums of all would be counted once more by each
             self.progress.sums = dict.fromkeys(self.progress.sums, 0.0)
+            return
         log = self.output / "log.jsonl"
-        if self.accelerator.is_main_process and log.exists():
-            lines = [
-                line for line in log.read_text("utf-8").splitlines() if json.loads(line)["epoch"] < self.progress.epoch
-            ]
-            temporary = log.with_suffix(".tmp")
-            temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-            temporary.replace(log)
+        if state and (state / log.name).exists():
+            shutil.copyfile(state / log.name, log.with_suffix(".tmp"))
+            log.with_suffix(".tmp").replace(log)
+        else:
+            log.unlink(missing_ok=True)
 
     def gather(self) -> None:
         """Make the sums of this process those of all, and leave them with the first."""
@@ -349,8 +352,8 @@ def hardware(accelerator: Accelerator) -> str:
 
 
 def commit() -> str:
-    """Commit of this code, for the record; empty outside a git checkout."""
-    command = ["git", "rev-parse", "--short=12", "HEAD"]
+    """Commit of this code, for the record, with "-dirty" where it was changed; empty outside a git checkout."""
+    command = ["git", "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty"]
     try:
         return subprocess.run(
             command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
@@ -384,14 +387,14 @@ def check_folder(output: Path, settings: dict[str, Any], resume: str | None) -> 
     if resume is None:
         if held:
             raise SystemExit(f"{output} already holds a run; give another --output, --resume it, or remove it")
+    elif not record.exists() and (other := held - {"run.json.tmp"}):
+        raise SystemExit(f"{output} holds no run of train.py, but {', '.join(sorted(other))}; give another --output")
     elif resume != "latest":
         if not (Path(resume) / "run.json").is_file():
             raise SystemExit(f"no state {resume} to resume from; --resume alone takes the newest of {output}")
         _compare(settings, Path(resume) / "run.json")
         if (output / "model.safetensors").exists():
             raise SystemExit(f"{output} is finished, and cannot go on from {resume}; give another --output")
-    elif not record.exists() and (other := held - {"run.json.tmp"}):
-        raise SystemExit(f"{output} holds no run of train.py, but {', '.join(sorted(other))}; give another --output")
     if record.exists():
         _compare(settings, record)
 
@@ -445,11 +448,11 @@ def main() -> None:
         "processes",
         "tol",
     ):
-        if (value := getattr(args, flag)) is not None and value <= 0:
+        if (value := getattr(args, flag)) is not None and not 0 < value < math.inf:
             parser.error(f"--{flag.replace('_', '-')} must be above 0, got {value}")
-
-    if args.seed < 0:
-        parser.error(f"--seed must be at least 0, got {args.seed}")
+    for flag in ("seed", "weight_decay"):
+        if (value := getattr(args, flag)) is not None and not 0 <= value < math.inf:
+            parser.error(f"--{flag.replace('_', '-')} must be at least 0, got {value}")
     for flag in ("label_smoothing", "ema_decay"):
         if not 0 <= (getattr(args, flag) or 0) < 1:
             parser.error(f"--{flag.replace('_', '-')} must be at least 0 and below 1, got {getattr(args, flag)}")
@@ -470,6 +473,12 @@ def main() -> None:
     launched = args.processes or int(os.environ.get("WORLD_SIZE", 1))
     if launched != accelerator.num_processes:
         raise SystemExit(f"launched as {launched} processes, but accelerate runs {accelerator.num_processes} here")
+    # With several processes asked for and one started, accelerate 1.15 says where they should meet, and no more.
+    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ and not args.processes:
+        raise SystemExit(
+            "accelerate was asked for several processes and started one; on CPUs say --multi_gpu to it and --cpu to "
+            "this, or --processes 1 for one"
+        )
     if accelerator.mixed_precision == "fp16":
         raise SystemExit(
             "mixed precision fp16 is float32 without a word on CPUs, and not tried on GPUs; use bf16 or no"
@@ -509,10 +518,13 @@ def main() -> None:
     }
     if args.eval_only:
         if accelerator.is_main_process:
-            if not (output / "model.safetensors").exists():
+            if not all((output / file).exists() for file in ("model.safetensors", "run.json", "log.jsonl")):
                 raise SystemExit(f"{output} holds no finished run to measure")
             _compare(settings, output / "run.json")
-            print(json.dumps(measure_run(output, args.data, accelerator.device)))
+            try:
+                print(json.dumps(measure_run(output, args.data, accelerator.device)))
+            except (WeightsError, DataError) as error:
+                raise SystemExit(str(error)) from error
         return
     check_folder(output, settings, args.resume)
     accelerator.wait_for_everyone()  # all have looked, before the first creates what they looked for

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from pcdeq_zoo import DATASETS
-from pcdeq_zoo.data import DATA_ROOT_VARIABLE, load
+from pcdeq_zoo.data import DATA_ROOT_VARIABLE, DEFAULT_DATA_ROOT, load
 
-DATA_ROOT = Path(os.environ.get(DATA_ROOT_VARIABLE, "../shared/data"))
+DATA_ROOT = Path(os.environ.get(DATA_ROOT_VARIABLE, DEFAULT_DATA_ROOT))
 
 
 @pytest.fixture(autouse=True)

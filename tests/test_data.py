@@ -124,6 +124,16 @@ class TestWrong:
         write_parquet(tmp_path / "test-0.parquet", CIFAR, n=0)
         self.refused("holds no images", source=tmp_path)
 
+    @pytest.mark.parametrize("length", [0, 20, 60, 500])
+    def test_damaged_image(self, tmp_path, length: int):
+        file = tmp_path / "test-0.parquet"
+        write_parquet(file, CIFAR, n=1)
+        table = pq.read_table(file)
+        (image,) = table["image"].to_pylist()
+        damaged = pa.array([{**image, "bytes": image["bytes"][:length]}], table["image"].type)
+        pq.write_table(table.set_column(table.column_names.index("image"), "image", damaged), file)
+        self.refused("holds an image that cannot be read: ", source=tmp_path)
+
     def test_labels_out_of_range(self, tmp_path):
         write_parquet(tmp_path / "test-0.parquet", CIFAR, n=3, labels=[0, 10, -1])
         self.refused(r"has labels \[-1, 10\], wanted 0 to 9", source=tmp_path)

@@ -378,7 +378,7 @@ class TestExport:
                 torch.testing.assert_close(program.module()(x), usual(x), rtol=1e-3, atol=1e-3)
 
     def test_onnx_runs_in_onnxruntime(self, tmp_path):
-        onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install 'pcdeq-zoo[onnx]'")
+        onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install '.[onnx]'")
         name = "pcdeq1_mc_relu6_mnist"
         model, usual = self.pair(name)
         batch = torch.export.Dim("batch", min=1, max=1024)

@@ -32,7 +32,8 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from pcdeq_zoo import VARIANTS, Recipe, weights
-from pcdeq_zoo.weights import results, sha256
+from pcdeq_zoo.data import load
+from pcdeq_zoo.weights import results, sha256, write_rows
 
 ROOT = Path(__file__).parents[1]
 NAME = "pcdeq1_l_softsign_mnist"
@@ -94,11 +95,13 @@ def run(tmp_path_factory) -> Path:
     assert done.returncode == 0, done.stderr
     assert "epoch 2" in done.stdout
     assert re.search(r"accuracy \d\d\.\d\d % on 400 test images", done.stdout)
-    assert "0%|" in done.stderr  # the progress bar
+    assert "epoch 1/2:   0%|" in done.stderr  # the progress bar, which ends as the line below
+    summary = r"epoch 1: {'loss': '\d\.\d{4}', 'acc': '\d+\.\d\d', 'forward': '\d+\.\d', 'backward': '\d+\.\d'}, "
+    assert re.search(summary, done.stderr + done.stdout)
     return output
 
 
-def test_what_a_run_leaves(run: Path):
+def test_what_a_run_leaves(run: Path, monkeypatch, capsys):
     assert files_of(run) == ["log.jsonl", "model.safetensors", "results.csv", "run.json"]
     log = log_of(run)
     assert [line["epoch"] for line in log] == [1, 2]
@@ -126,6 +129,27 @@ def test_what_a_run_leaves(run: Path):
     (run / "results.csv").unlink()
     assert launch(f"recipes/evaluate.py --run {run} --data sample").returncode == 0
     assert (run / "results.csv").read_bytes() == before
+    (run / "results.csv").unlink()
+    monkeypatch.setattr(sys, "argv", [*SHORT.split(), "--eval-only", f"--output={run}"])
+    train.main()
+    assert json.loads(capsys.readouterr().out)["top1"] == float(row["top1"])
+    assert (run / "results.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_evaluate_writes_a_row_of_what_it_measured(run: Path, tmp_path, monkeypatch, own: bool):
+    """How a file was trained is known of those that ship only, whatever another one is called."""
+    file = weights.CHECKPOINTS / f"{NAME}.paper.safetensors" if own else run / "model.safetensors"
+    arguments = f"--model {NAME} --checkpoint {file} --data sample --output {tmp_path / 'row.csv'}"
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments.split()])
+    evaluate.main()
+    with (tmp_path / "row.csv").open(newline="") as stream:
+        (row,) = csv.DictReader(stream)
+    assert row["sha256"] == sha256(file)
+    assert row["n"] == "400"
+    known = results()[f"{NAME}.paper"] if own else {"model": NAME}
+    for column in ("model", "epochs", "seed", "commit", "hardware", "hours"):
+        assert row[column] == known.get(column, "")
 
 
 def test_the_result_loads_through_timm(run: Path):
@@ -188,6 +212,7 @@ def test_killed_and_resumed_is_as_if_nothing_had_happened(tmp_path, whole, proce
         child.kill()
     psutil.wait_procs(children)
     assert not (broken / "model.safetensors").exists()
+    saved = Path(shutil.copytree(broken / "state", tmp_path / "saved"))
 
     resumed = launch(f"{EVERYTHING}{broken} --resume", processes)
     assert resumed.returncode == 0, resumed.stderr
@@ -196,6 +221,14 @@ def test_killed_and_resumed_is_as_if_nothing_had_happened(tmp_path, whole, proce
     assert all(torch.equal(one[key], two[key]) for key in one)
     assert log_of(whole(processes)) == log_of(broken)
     assert not (broken / "state").exists()
+    if processes == 1:  # the same from a state that was put aside, in another folder
+        (state,) = saved.glob("epoch-*")
+        elsewhere = launch(f"{EVERYTHING}{tmp_path / 'elsewhere'} --resume {state}")
+        assert elsewhere.returncode == 0, elsewhere.stderr
+        assert f"resumed from {state}" in elsewhere.stdout
+        two = load_file(tmp_path / "elsewhere" / "model.safetensors")
+        assert all(torch.equal(one[key], two[key]) for key in one)
+        assert log_of(whole(1)) == log_of(tmp_path / "elsewhere")
 
 
 def test_killed_before_the_first_state(run: Path, tmp_path):
@@ -314,10 +347,10 @@ def test_one_process_instead_of_two_is_refused(tmp_path):
     """`accelerate launch --cpu --num_processes 2` starts one, without a word."""
     launcher = [str(Path(sys.executable).with_name("accelerate")), "launch", "--cpu", "--num_processes=2"]
     launcher += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
-    arguments = f"{SHORT} --output {tmp_path / 'run'} --processes 2"
+    arguments = f"{SHORT} --output {tmp_path / 'run'}"
     done = subprocess.run([*launcher, *arguments.split()], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
-    assert "launched as 2 processes, but accelerate runs 1 here" in done.stderr
+    assert "accelerate was asked for several processes and started one; on CPUs say --multi_gpu" in done.stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -334,7 +367,7 @@ def test_a_finished_run_is_never_overwritten(run: Path, refuse):
     assert sha256(run / "model.safetensors") == before
 
 
-def test_what_is_held_out_and_a_small_set_in_the_layout_of_svhn(tmp_path):
+def test_a_small_set_in_the_layout_of_svhn(tmp_path):
     """There is no SVHN here; its recipe and evaluation run on images that are made up."""
     folder = tmp_path / "svhn"
     folder.mkdir()
@@ -347,16 +380,35 @@ def test_what_is_held_out_and_a_small_set_in_the_layout_of_svhn(tmp_path):
             Image.fromarray(pixels).save(stream, "PNG")
             rows.append({"image": {"bytes": stream.getvalue(), "path": None}, "label": index % 10})
         pq.write_table(pa.Table.from_pylist(rows), folder / f"{split}-00000-of-00001.parquet")
-    arguments = f"recipes/train.py --model pcdeq1_mc_softsign_svhn --data {folder} --epochs 1 --hold-out 60"
-    done = launch(f"{arguments} --output {tmp_path / 'run'} --report-to tensorboard")
+    arguments = f"recipes/train.py --model pcdeq1_mc_softsign_svhn --data {folder} --epochs 1"
+    done = launch(f"{arguments} --output {tmp_path / 'run'} --report-to tensorboard --mixed-precision bf16")
     assert done.returncode == 0, done.stderr
-    assert "on 100 images" in done.stdout
-    assert re.search(r"accuracy \d+\.\d\d % on 60 held-out images", done.stdout)
-    assert (tmp_path / "run" / "held_out.csv").exists()
-    assert not (tmp_path / "run" / "results.csv").exists()
+    assert "on 160 images" in done.stdout
+    assert re.search(r"accuracy \d+\.\d\d % on 40 test images", done.stdout)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["mixed_precision"] == "bf16"
+    assert (tmp_path / "run" / "results.csv").exists()
     assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+
+
+def test_what_is_held_out(tmp_path, monkeypatch, capsys):
+    """The last images of the training set, which the run does not see, and not one of the test set."""
+    run = tmp_path / "run"
+    monkeypatch.setattr(sys, "argv", f"train.py --model {NAME} --data sample --epochs 1 --output {run}".split())
+    sys.argv += ["--hold-out", "1000", "--limit-train", "500"]
+    train.main()
+    out = capsys.readouterr().out
+    assert "on 500 images" in out
+    assert "on 1000 held-out images" in out
+    with (run / "held_out.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    model = timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay={"file": str(run / "model.safetensors")})
+    images, labels = load(VARIANTS[NAME].dataset, "train", "sample")
+    assert evaluate.evaluate(model, VARIANTS[NAME].dataset, images[-1000:], labels[-1000:])["top1"] == float(
+        row["top1"]
+    )
+    assert not (run / "results.csv").exists()
     with pytest.raises(SystemExit, match=r"it has no results.csv"):
-        ship.ship(tmp_path / "run")
+        ship.ship(run)
 
 
 def test_batches_are_a_function_of_seed_and_epoch():
@@ -389,6 +441,10 @@ def test_calibration_error():
     [
         ("--epochs 0", "--epochs must be above 0, got 0"),
         ("--lr -1", "--lr must be above 0, got -1.0"),
+        ("--lr nan", "--lr must be above 0, got nan"),
+        ("--weight-decay -1", "--weight-decay must be at least 0, got -1.0"),
+        ("--mixed-precision fp16", "argument --mixed-precision: invalid choice: 'fp16'"),
+        ("--processes 2", "launched as 2 processes, but accelerate runs 1 here"),
         ("--limit-train 0", "--limit-train must be above 0, got 0"),
         ("--hold-out 1600", "--hold-out 1600 leaves nothing of 1600 training images"),
         ("--resume /no/such/state", "no state /no/such/state to resume from; --resume alone takes the newest of"),
@@ -410,6 +466,8 @@ def test_train_says_what_is_wrong(tmp_path, refuse, arguments: str, message: str
     ("arguments", "message"),
     [
         ("--model resnet18", "unknown model resnet18"),
+        (f"--model {NAME} --batch-size 0", "--batch-size must be above 0, got 0"),
+        (f"--model {NAME}.zoo", f"no weights of {NAME}.zoo ship; there are pcdeq1_l_relu6_mnist.paper, "),
         ("--model pcdeq1_mc_tanh_svhn", "no weights of pcdeq1_mc_tanh_svhn.paper are published yet"),
         (f"--model {NAME} --data /no/such/folder", "no data folder /no/such/folder"),
         (f"--model {NAME} --checkpoint /no/such/file", "there is no file /no/such/file"),
@@ -439,8 +497,8 @@ class TestShip:
         (tmp_path / "results.csv").write_text(",".join(weights.RESULT_COLUMNS) + "\n")
         whole = tmp_path / "whole"
         shutil.copytree(run, whole)
-        text = (whole / "results.csv").read_text()
-        (whole / "results.csv").write_text(text.replace(",400,", ",10000,"))
+        (row,) = csv.DictReader(io.StringIO((whole / "results.csv").read_text()))
+        write_rows(whole / "results.csv", [{**row, "n": "10000", "commit": "0123456789ab"}])
         settings = json.loads((whole / "run.json").read_text())
         settings |= {"images": 60000, "recipe": dataclasses.asdict(VARIANTS[NAME].recipes["paper"])}
         (whole / "run.json").write_text(json.dumps(settings))
@@ -451,6 +509,20 @@ class TestShip:
         with pytest.raises(SystemExit, match=r"recipe {'epochs': 2, .*, images 640, wanted 60000"):
             ship.ship(whole)
         assert not list(tmp_path.glob("*.safetensors"))
+
+    @pytest.mark.parametrize(
+        ("column", "value", "message"),
+        [
+            ("bound_max", "", "unproven equilibria: largest bound none, tol 0.001"),
+            ("bound_max", "0.002", "unproven equilibria: largest bound 0.002, tol 0.001"),
+            ("commit", "0123456789ab-dirty", "not trained by a commit of this code, but by 0123456789ab-dirty"),
+        ],
+    )
+    def test_refuses_what_proves_nothing(self, whole: Path, column: str, value: str, message: str):
+        (row,) = csv.DictReader(io.StringIO((whole / "results.csv").read_text()))
+        write_rows(whole / "results.csv", [{**row, column: value}])
+        with pytest.raises(SystemExit, match=message):
+            ship.ship(whole)
 
     def test_writes_weights_log_and_row(self, whole: Path, run: Path, tmp_path):
         assert ship.ship(whole) == f"{NAME}.paper"
@@ -467,10 +539,7 @@ class TestShip:
         text = (whole / "results.csv").read_text()
         (row,) = csv.DictReader(io.StringIO(text))
         other = {**row, "seed": "1", "top1": str(float(row["top1"]) + 2)}
-        with (whole / "results.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, weights.RESULT_COLUMNS)
-            writer.writeheader()
-            writer.writerow(other)
+        write_rows(whole / "results.csv", [other])
         before = (tmp_path / "results.csv").read_bytes()
         ship.ship(whole)
         assert (tmp_path / "results.csv").read_bytes() == before

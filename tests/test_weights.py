@@ -1,8 +1,10 @@
 """The checkpoints: what is claimed of them, where they load, and what becomes of files that are not right.
 
-`PYTHONPATH=recipes python tests/test_weights.py` writes `logits.safetensors` for checkpoints that it does not hold yet.
+`PYTHONPATH=recipes python tests/test_weights.py [CHECKPOINT ...]` writes `logits.safetensors`, for the checkpoints that
+it does not hold yet and those that are named.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -18,7 +20,7 @@ import timm
 import torch
 from evaluate import evaluate
 from safetensors.torch import load_file, save_file
-from ship import recorded
+from ship import RUNS, recorded
 from timm.models._hub import save_for_hf
 
 import pcdeq_zoo
@@ -54,7 +56,7 @@ def accuracy_marks(checkpoint: str) -> list[pytest.MarkDecorator]:
 
 @every_checkpoint
 def test_logits_are_the_stored_ones(checkpoint: str):
-    # Three decimals: at tol 1e-4, other arithmetic may stop an evaluation earlier or later.
+    # Loose, as other arithmetic may stop an evaluation earlier or later.
     torch.testing.assert_close(logits(checkpoint), load_file(LOGITS)[checkpoint], rtol=1e-3, atol=5e-3)
 
 
@@ -71,6 +73,9 @@ def test_claimed_accuracy(checkpoint: str, whole_test_set):
     assert measured["evals_mean"] == pytest.approx(float(row["evals_mean"]), abs=0.02)
     layers, wanted = (list(map(float, text.split("/"))) for text in (measured["evals_layers"], row["evals_layers"]))
     assert layers == pytest.approx(wanted, abs=0.02)
+    assert measured["ece"] == pytest.approx(float(row["ece"]), abs=0.02)
+    assert measured["evals_max"] == pytest.approx(int(row["evals_max"]), abs=2)
+    assert measured["bound_max"] <= float(row["tol"])
 
 
 @every_checkpoint
@@ -82,16 +87,34 @@ def test_row_file_and_log_belong_together(checkpoint: str):
     assert file.stat().st_size == int(row["bytes"])
     assert float(row["paper_top1"]) == variant.paper_accuracy
     assert float(row["param_count"]) * 1e6 == pytest.approx(variant.parameters)
-    log = [json.loads(line) for line in (CHECKPOINTS / f"{checkpoint}.jsonl").read_text().splitlines()]
+    assert recorded()[checkpoint, 0] == row
+    log = (CHECKPOINTS / f"{checkpoint}.jsonl").read_bytes()
+    assert log == (RUNS / f"{checkpoint}.seed0.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(("checkpoint", "seed"), list(recorded()))
+def test_row_log_and_settings_of_a_run_belong_together(checkpoint: str, seed: int):
+    row, (model, tag) = recorded()[checkpoint, seed], checkpoint.split(".")
+    record = RUNS / f"{checkpoint}.seed{seed}"
+    log = [json.loads(line) for line in record.with_name(f"{record.name}.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in log] == list(range(1, int(row["epochs"]) + 1))
+    assert round(sum(line["seconds"] for line in log) / 3600, 2) == float(row["hours"])
+    settings = json.loads(record.with_name(f"{record.name}.json").read_text())
+    assert settings["recipe"] == dataclasses.asdict(VARIANTS[model].recipes[tag])  # cards and tables are made from it
+    assert (settings["model"], settings["tag"], settings["seed"]) == (model, tag, seed)
+    assert settings["commit"] == row["commit"]
 
 
 @every_checkpoint
-def test_the_mean_over_seeds_is_within_a_fifth_of_a_percent_of_the_paper(checkpoint: str):
-    """The paper's figures are means as well; single seeds of the small nets differ by more."""
-    runs = [row for (name, _), row in recorded().items() if name == checkpoint]
-    assert results()[checkpoint] in runs
-    assert statistics.mean(float(row["top1"]) for row in runs) >= float(runs[0]["paper_top1"]) - 0.2
+def test_the_mean_over_seeds_is_not_below_the_paper(checkpoint: str):
+    """By more than 0.1, as the paper rounds its means and ours scatter; but for the net that is marked as short."""
+    mean = statistics.mean(float(row["top1"]) for (name, _), row in recorded().items() if name == checkpoint)
+    short = round(float(results()[checkpoint]["paper_top1"]) - mean, 2)
+    if checkpoint == "pcdeq1_l_tanh_mnist.paper":
+        assert short == 0.15
+        assert "98.05 ± 0.07 %" in (ROOT / "MODEL_CARD.md").read_text(encoding="utf-8")
+    else:
+        assert short <= 0.1
 
 
 def test_what_timm_lists_as_pretrained_is_what_ships():
@@ -333,4 +356,5 @@ def test_wheel_works_offline_outside_the_checkout(tmp_path, sample):
 
 if __name__ == "__main__":
     stored = load_file(LOGITS) if LOGITS.exists() else {}
-    save_file({name: stored.get(name, logits(name)) for name in results()}, LOGITS)
+    kept = stored.keys() - sys.argv[1:]
+    save_file({name: stored[name] if name in kept else logits(name) for name in results()}, LOGITS)

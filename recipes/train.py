@@ -23,16 +23,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import fcntl
 import json
 import math
 import os
-import shutil
 import subprocess
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import timm
 import torch
@@ -41,6 +39,16 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from evaluate import measure_run
+from run_folder import (
+    State,
+    check_folder,
+    compare_settings,
+    locked,
+    newest_state,
+    read_state,
+    remove_states,
+    write_state,
+)
 from safetensors.torch import save_file
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -133,8 +141,8 @@ class Progress:
         return {"epoch": self.epoch, "step": self.step, "updates": self.updates, "sums": dict(self.sums)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.epoch, self.step, self.updates = state["epoch"], state["step"], state["updates"]
-        self.sums = dict(state["sums"])
+        self.epoch, self.step, self.updates = (int(state[key]) for key in ("epoch", "step", "updates"))
+        self.sums = {key: float(value) for key, value in state["sums"].items()}
 
     def add(self, **values: float) -> None:
         for key, value in values.items():
@@ -180,45 +188,71 @@ class Run:
         self.prepared, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         if self.ema:
             self.ema.to(self.accelerator.device)
-        self.accelerator.register_for_checkpointing(self.progress, *([self.ema.module] if self.ema else []))
 
     # --- state ---
 
     def save(self) -> None:
-        """Write the state under a temporary name, rename it, and remove the one before."""
+        """Write the state. It is the same in all processes, but for the sums."""
         self.gather()
-        main, folder = self.accelerator.is_main_process, self.output / "state"
-        name = f"epoch-{self.progress.epoch:04}-step-{self.progress.step:06}"
-        temporary = folder / f".{name}"
-        if main:
-            shutil.rmtree(temporary, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(temporary))
-        self.accelerator.wait_for_everyone()
-        if main and not (folder / name).exists():
-            for record in ("run.json", "log.jsonl"):
-                if (self.output / record).exists():
-                    shutil.copyfile(self.output / record, temporary / record)
-            temporary.rename(folder / name)
-            for other in folder.iterdir():
-                if other.name != name:
-                    shutil.rmtree(other)
+        if self.accelerator.is_main_process:
+            name = f"epoch-{self.progress.epoch:04}-step-{self.progress.step:06}"
+            write_state(self.output, name, self._tensors(), self.progress.state_dict())
         self.accelerator.wait_for_everyone()
 
-    def resume(self, state: Path | None) -> None:
-        """Go back to a saved state and the log that it had, or to the beginning."""
-        if state:
-            self.accelerator.load_state(str(state))
-            self.accelerator.print(f"resumed from {state}")
-        if not self.accelerator.is_main_process:  # or the sums of all would be counted once more by each
-            self.progress.sums = dict.fromkeys(self.progress.sums, 0.0)
-            return
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        # Of the optimizer its moments; rates and weight decay are the recipe's. Nothing that is random is kept: it
+        # depends on the seed and the step alone.
+        moments = self.optimizer.state_dict()["state"]
+        tensors = {
+            "model": self.model.state_dict(),
+            "optimizer": {f"{index}.{key}": value for index, part in moments.items() for key, value in part.items()},
+        }
+        return {**tensors, "ema": self.ema.module.state_dict()} if self.ema else tensors
+
+    def resume(self, folder: Path | None) -> None:
+        """Go back to a saved state and the log that it had, or to the beginning.
+
+        Raises:
+            SystemExit: The state is damaged, or not of this run.
+        """
         log = self.output / "log.jsonl"
-        if state and (state / log.name).exists():
-            shutil.copyfile(state / log.name, log.with_suffix(".tmp"))
+        if folder:
+            state = read_state(folder)
+            try:
+                self._load(state)
+            except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+                reason = " ".join(str(error).split())
+                raise SystemExit(f"cannot resume from {folder}, it is not of this run: {reason}") from error
+            self.accelerator.print(f"resumed from {folder}")
+        if not self.accelerator.is_main_process:
+            self.progress.sums = dict.fromkeys(self.progress.sums, 0.0)  # the saved sums are those of all processes
+        elif folder:
+            log.with_suffix(".tmp").write_text(state.log, encoding="utf-8")
             log.with_suffix(".tmp").replace(log)
         else:
             log.unlink(missing_ok=True)
+
+    def _load(self, state: State) -> None:
+        self.progress.load_state_dict(state.progress)
+        progress, epochs, steps = self.progress, self.recipe.epochs, len(self.steps(self.progress.epoch))
+        if not (1 <= progress.epoch <= epochs + 1 and 0 <= progress.step < steps):
+            raise ValueError(f"epoch {progress.epoch}, step {progress.step}, of {epochs} epochs of {steps} steps")
+        if progress.updates != (wanted := (progress.epoch - 1) * steps + progress.step):
+            raise ValueError(f"{progress.updates} updates, wanted {wanted}")
+        if (lines := len(state.log.splitlines())) != progress.epoch - 1:
+            raise ValueError(f"a log of {lines} epochs before epoch {progress.epoch}")
+        self.model.load_state_dict(state.tensors["model"])
+        if self.ema:
+            self.ema.module.load_state_dict(state.tensors["ema"])
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, value in state.tensors["optimizer"].items():
+            index, _, name = key.partition(".")
+            moments.setdefault(int(index), {})[name] = value
+        for index, parameter in enumerate(self.model.parameters()):
+            found = {name: tuple(value.shape) for name, value in moments[index].items()}
+            if found != {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}:
+                raise ValueError(f"moments {found} of parameter {index}, which is {tuple(parameter.shape)}")
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
 
     def gather(self) -> None:
         """Make the sums of this process those of all, and leave them with the first."""
@@ -239,11 +273,14 @@ class Run:
             self.progress.epoch, self.progress.step, self.progress.sums = self.progress.epoch + 1, 0, {}
             self.save()
 
+    def steps(self, epoch: int) -> list[Tensor]:
+        """Indices of the images of each optimizer step of an epoch."""
+        size, least = self.recipe.batch_size * self.grad_accum, max(2, self.accelerator.num_processes)
+        return batches(len(self.images), size, least, self.seed, epoch)
+
     def _train_epoch(self) -> None:
         accelerator, progress, recipe = self.accelerator, self.progress, self.recipe
-        world = accelerator.num_processes
-        group = recipe.batch_size * self.grad_accum
-        steps = batches(len(self.images), group, max(2, world), self.seed, progress.epoch)
+        steps = self.steps(progress.epoch)
         self.prepared.train()
         start = time.perf_counter()
         bar = tqdm(
@@ -362,51 +399,6 @@ def commit() -> str:
         return ""
 
 
-def lock(output: Path) -> IO[str]:
-    """Claim a run's folder until the file is closed or the process ends, however it ends.
-
-    Killing `accelerate launch` leaves the training alive; a second one must not write into the same folder.
-    """
-    output.mkdir(parents=True, exist_ok=True)
-    file = (output / ".lock").open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise SystemExit(f"another process is training in {output}") from error
-    return file
-
-
-def check_folder(output: Path, settings: dict[str, Any], resume: str | None) -> None:
-    """Refuse a folder that holds a run which was not to be resumed, or one with other settings, or no such state.
-
-    Raises:
-        SystemExit: What was found, and what to do.
-    """
-    record = output / "run.json"
-    held = {file.name for file in output.iterdir()} - {".lock"} if output.exists() else set()
-    if resume is None:
-        if held:
-            raise SystemExit(f"{output} already holds a run; give another --output, --resume it, or remove it")
-    elif not record.exists() and (other := held - {"run.json.tmp"}):
-        raise SystemExit(f"{output} holds no run of train.py, but {', '.join(sorted(other))}; give another --output")
-    elif resume != "latest":
-        if not (Path(resume) / "run.json").is_file():
-            raise SystemExit(f"no state {resume} to resume from; --resume alone takes the newest of {output}")
-        _compare(settings, Path(resume) / "run.json")
-        if (output / "model.safetensors").exists():
-            raise SystemExit(f"{output} is finished, and cannot go on from {resume}; give another --output")
-    if record.exists():
-        _compare(settings, record)
-
-
-def _compare(settings: dict[str, Any], record: Path) -> None:
-    before = json.loads(record.read_text("utf-8"))
-    free = ("commit", "hardware")  # may change on the way
-    if other := [key for key in settings if key not in free and settings[key] != before.get(key)]:
-        found = ", ".join(f"{key} {before.get(key)!r} there, {settings[key]!r} here" for key in other)
-        raise SystemExit(f"{record.parent} holds a run with other settings: {found}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -520,7 +512,7 @@ def main() -> None:
         if accelerator.is_main_process:
             if not all((output / file).exists() for file in ("model.safetensors", "run.json", "log.jsonl")):
                 raise SystemExit(f"{output} holds no finished run to measure")
-            _compare(settings, output / "run.json")
+            compare_settings(settings, output / "run.json")
             try:
                 print(json.dumps(measure_run(output, args.data, accelerator.device)))
             except (WeightsError, DataError) as error:
@@ -528,38 +520,35 @@ def main() -> None:
         return
     check_folder(output, settings, args.resume)
     accelerator.wait_for_everyone()  # all have looked, before the first creates what they looked for
-    claim = lock(output) if accelerator.is_main_process else None
-    if claim and not (output / "run.json").exists():
-        (output / "run.json.tmp").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-        (output / "run.json.tmp").replace(output / "run.json")
-    accelerator.wait_for_everyone()
-    if args.report_to:
-        accelerator.init_trackers("tensorboard")
-    if not (output / "model.safetensors").exists():
-        newest = max((output / "state").glob("epoch-*"), default=None)
-        state = Path(args.resume) if args.resume not in (None, "latest") else newest
-        set_seed(args.seed)
-        model = timm.create_model(args.model, stop=recipe.stop, tol=recipe.tol)
-        run = Run(
-            accelerator, model, args.model, recipe, images, labels, args.seed, args.grad_accum, args.save_every, output
-        )
-        accelerator.print(
-            f"{args.model} on {len(images)} images, {accelerator.num_processes} x {accelerator.device}: {recipe}"
-        )
-        run.resume(state)
-        run.train()
-        if claim:
-            run.write_weights()
-    if claim:
-        measured = output / ("held_out.csv" if args.hold_out else "results.csv")
-        if measured.exists():
-            print(f"{output} is finished")
-        else:
-            row = measure_run(output, args.data, accelerator.device)
-            where = "held-out" if args.hold_out else "test"
-            print(f"accuracy {row['top1']:.2f} % on {row['n']} {where} images; written to {output}")
-        shutil.rmtree(output / "state", ignore_errors=True)
-        claim.close()
+    with locked(output) if accelerator.is_main_process else nullcontext():
+        if accelerator.is_main_process and not (output / "run.json").exists():
+            (output / "run.json.tmp").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+            (output / "run.json.tmp").replace(output / "run.json")
+        accelerator.wait_for_everyone()
+        if args.report_to:
+            accelerator.init_trackers("tensorboard")
+        if not (output / "model.safetensors").exists():
+            state = Path(args.resume) if args.resume not in (None, "latest") else newest_state(output)
+            set_seed(args.seed)
+            model = timm.create_model(args.model, stop=recipe.stop, tol=recipe.tol)
+            count, every = args.grad_accum, args.save_every
+            run = Run(accelerator, model, args.model, recipe, images, labels, args.seed, count, every, output)
+            accelerator.print(
+                f"{args.model} on {len(images)} images, {accelerator.num_processes} x {accelerator.device}: {recipe}"
+            )
+            run.resume(state)
+            run.train()
+            if accelerator.is_main_process:
+                run.write_weights()
+        if accelerator.is_main_process:
+            measured = output / ("held_out.csv" if args.hold_out else "results.csv")
+            if measured.exists():
+                print(f"{output} is finished")
+            else:
+                row = measure_run(output, args.data, accelerator.device)
+                where = "held-out" if args.hold_out else "test"
+                print(f"accuracy {row['top1']:.2f} % on {row['n']} {where} images; written to {output}")
+            remove_states(output)
     accelerator.end_training()
 
 

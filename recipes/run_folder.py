@@ -1,0 +1,189 @@
+"""The folder of a run: who may write to it, its settings, and the states that `--resume` goes on from.
+
+    run.json                    the settings, written once
+    log.jsonl                   a line per epoch
+    state/epoch-0002-step-…/    the newest state: tensors as safetensors, the rest as JSON, digests.json over all
+    model.safetensors           the result, when the run is finished; then there is no state any more
+
+A run folder may come from anywhere, so nothing in it is ever unpickled, and a state that is not what was written is
+refused: a run that goes on from damaged numbers would end with a checkpoint that nobody can reproduce.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+_STATE_NAME = re.compile(r"epoch-\d{4,}-step-\d{6,}")
+_TEMPORARY_PREFIX = ".writing-"
+_DIGESTS = "digests.json"
+_RECORDS = ("run.json", "log.jsonl")  # of the run, kept with each state as they were
+
+
+@dataclass(frozen=True)
+class State:
+    """What a run goes on from.
+
+    Attributes:
+        tensors: Named groups of tensors, e.g. {"model": state dict, "optimizer": ...}.
+        progress: How far the run has come, as JSON has it.
+        log: The lines of log.jsonl.
+    """
+
+    tensors: dict[str, dict[str, Tensor]]
+    progress: dict[str, Any]
+    log: str
+
+
+@contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """Claim a run's folder until the block or the process ends, however it ends.
+
+    Killing `accelerate launch` leaves the training alive; a second one must not write into the same folder.
+
+    Raises:
+        SystemExit: Another process has it.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise SystemExit(f"another process is training in {output}") from error
+        yield
+
+
+def check_folder(output: Path, settings: dict[str, Any], resume: str | None) -> None:
+    """Refuse a folder that holds a run which was not to be resumed, or one with other settings, or no such state.
+
+    Raises:
+        SystemExit: What was found, and what to do.
+    """
+    record = output / "run.json"
+    held = {file.name for file in output.iterdir()} - {".lock"} if output.exists() else set()
+    if resume is None:
+        if held:
+            raise SystemExit(f"{output} already holds a run; give another --output, --resume it, or remove it")
+    elif not record.exists() and (other := held - {"run.json.tmp"}):
+        raise SystemExit(f"{output} holds no run of train.py, but {', '.join(sorted(other))}; give another --output")
+    elif resume != "latest":
+        if not (Path(resume) / "run.json").is_file():
+            raise SystemExit(f"no state {resume} to resume from; --resume alone takes the newest of {output}")
+        compare_settings(settings, Path(resume) / "run.json")
+        if (output / "model.safetensors").exists():
+            raise SystemExit(f"{output} is finished, and cannot go on from {resume}; give another --output")
+    if record.exists():
+        compare_settings(settings, record)
+
+
+def compare_settings(settings: dict[str, Any], record: Path) -> None:
+    """Refuse to go on with other settings than a run.json has; commit and hardware may change on the way."""
+    before = json.loads(record.read_text("utf-8"))
+    free = ("commit", "hardware")
+    if other := [key for key in settings if key not in free and settings[key] != before.get(key)]:
+        found = ", ".join(f"{key} {before.get(key)!r} there, {settings[key]!r} here" for key in other)
+        raise SystemExit(f"{record.parent} holds a run with other settings: {found}")
+
+
+def newest_state(output: Path) -> Path | None:
+    """The newest state of a run, or None."""
+    return max(_states(output / "state"), default=None)
+
+
+def write_state(output: Path, name: str, tensors: dict[str, dict[str, Tensor]], progress: dict[str, Any]) -> None:
+    """Write a state whole under another name, sync and rename it, and remove the states before it.
+
+    Whatever else is in the folder stays.
+
+    Args:
+        output: The run's folder; its run.json and log.jsonl are kept with the state.
+        name: "epoch-0002-step-000040": states are ordered by it.
+        tensors: See `State`.
+        progress: See `State`.
+    """
+    folder = output / "state"
+    folder.mkdir(exist_ok=True)
+    for unfinished in folder.glob(f"{_TEMPORARY_PREFIX}*"):  # by a process that was killed; this one has the lock
+        shutil.rmtree(unfinished)
+    contents = {
+        f"{group}.safetensors": safetensors.torch.save({key: value.cpu().contiguous() for key, value in part.items()})
+        for group, part in tensors.items()
+    }
+    contents["progress.json"] = json.dumps(progress).encode()
+    contents |= {record: (output / record).read_bytes() for record in _RECORDS if (output / record).exists()}
+    digests = {file: hashlib.sha256(content).hexdigest() for file, content in contents.items()}
+    contents[_DIGESTS] = json.dumps(digests, indent=1).encode()
+
+    temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY_PREFIX, dir=folder))
+    for file, content in contents.items():
+        with (temporary / file).open("xb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+    _sync_folder(temporary)
+    before = [state for state in _states(folder) if state.name != name]
+    if (folder / name).exists():  # the state that this run went on from, written again
+        shutil.rmtree(folder / name)
+    temporary.rename(folder / name)
+    _sync_folder(folder)
+    for state in before:
+        shutil.rmtree(state)
+
+
+def read_state(state: Path) -> State:
+    """Read a state, every byte of which must be what was written.
+
+    Raises:
+        SystemExit: It is not; the line says which file, and what to do.
+    """
+    try:
+        digests = json.loads((state / _DIGESTS).read_bytes())
+        contents = {file: (state / Path(file).name).read_bytes() for file in digests}
+        if damaged := [file for file in digests if hashlib.sha256(contents[file]).hexdigest() != digests[file]]:
+            raise ValueError(f"{', '.join(damaged)} is not what its digest says")
+        tensors = {
+            Path(file).stem: safetensors.torch.load(content)
+            for file, content in contents.items()
+            if file.endswith(".safetensors")
+        }
+        return State(tensors, json.loads(contents["progress.json"]), contents.get("log.jsonl", b"").decode())
+    except FileNotFoundError as error:
+        reason = f"it has no {Path(error.filename).name}"
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, SafetensorError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    raise SystemExit(f"cannot resume from {state}, {reason}; remove it to start the run again")
+
+
+def remove_states(output: Path) -> None:
+    """Remove the states of a finished run; whatever else is beside them stays."""
+    folder = output / "state"
+    for state in [*_states(folder), *folder.glob(f"{_TEMPORARY_PREFIX}*")]:
+        shutil.rmtree(state)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _states(folder: Path) -> list[Path]:
+    return [state for state in folder.glob("epoch-*") if _STATE_NAME.fullmatch(state.name)]
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

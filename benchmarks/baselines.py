@@ -30,16 +30,16 @@ class Baseline(nn.Module):
 
     def __init__(self, layer: PcDEQLinear | PcDEQConv2d) -> None:
         super().__init__()
-        channels = layer.weight_v.shape[0]
+        channels = layer.direction.shape[0]
         map_ = (
             nn.Linear(channels, channels, bias=False)
             if isinstance(layer, PcDEQLinear)
-            else nn.Conv2d(channels, channels, layer.weight_v.shape[-1], padding=layer.padding, bias=False)
+            else nn.Conv2d(channels, channels, layer.direction.shape[-1], padding=layer.padding, bias=False)
         )
         self.map = parametrizations.weight_norm(map_)
         with torch.no_grad():
-            self.map.parametrizations.weight.original0.copy_(layer.weight_g.clamp(min=0))
-            self.map.parametrizations.weight.original1.copy_(layer.weight_v.clamp(min=0))
+            self.map.parametrizations.weight.original0.copy_(layer.magnitude.clamp(min=0))
+            self.map.parametrizations.weight.original1.copy_(layer.direction.clamp(min=0))
         self.sigma = _SIGMA[layer.activation]()
         self.kind = layer.kind
         self.evaluations = {"forward": 0, "backward": 0}

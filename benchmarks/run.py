@@ -39,8 +39,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from pcdeq_zoo import VARIANTS, PcDEQ, PcDEQConv2d, PcDEQLinear, enclosure, record_solves
+from pcdeq_zoo import VARIANTS, PcDEQ, PcDEQConv2d, PcDEQLinear, enclosure, project, record_solves
 from pcdeq_zoo.data import load, normalize
+from pcdeq_zoo.files import replace_file
 from pcdeq_zoo.weights import results
 
 ROOT = Path(__file__).parents[1]
@@ -97,9 +98,10 @@ def contenders(model: PcDEQ) -> dict[str, nn.Module]:
 
 
 def training_step(net: nn.Module, images: Tensor, labels: Tensor) -> None:
-    """Forward, backward and, where the layers need it, the projection of W."""
+    """Forward, backward and the projection of W."""
     net.zero_grad(set_to_none=True)
     F.cross_entropy(net(images), labels).backward()
+    project(net)
     for layer in net.modules():
         if isinstance(layer, Baseline):
             layer.clamp()
@@ -264,9 +266,7 @@ def main() -> None:
         document["nets"][name] = measure(name, args.data, args.rounds, peak)
         print(tables({**document, "nets": {name: document["nets"][name]}}), flush=True)
         if output:
-            temporary = output.with_suffix(".tmp")
-            temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-            temporary.replace(output)
+            replace_file(output, json.dumps(document, indent=1) + "\n")
     print(tables(document))
 
 

@@ -1,21 +1,20 @@
 """A model zoo of positive concave deep equilibrium models. Importing it registers the models with timm."""
 
-__version__ = "0.1.0"  # before the imports: the weights of this version are looked for on the Hub by it
-
+from pcdeq_zoo._version import __version__
+from pcdeq_zoo.activations import ACTIVATIONS
 from pcdeq_zoo.certificate import Enclosure, enclosure
 from pcdeq_zoo.data import DATASETS, DataError, Dataset
-from pcdeq_zoo.layers import ACTIVATIONS, PcDEQConv2d, PcDEQLinear
+from pcdeq_zoo.layers import PcDEQConv2d, PcDEQLinear, project
 from pcdeq_zoo.pcdeq import PcDEQ
-from pcdeq_zoo.solver import (
+from pcdeq_zoo.solution import (
     ConvergenceError,
     ConvergenceWarning,
     Solution,
-    Solver,
     SolveRecord,
     Status,
     record_solves,
-    solve,
 )
+from pcdeq_zoo.solver import Solver, solve
 from pcdeq_zoo.variants import VARIANTS, Recipe, Variant
 from pcdeq_zoo.weights import WeightsError
 
@@ -38,7 +37,9 @@ __all__ = [
     "Status",
     "Variant",
     "WeightsError",
+    "__version__",
     "enclosure",
+    "project",
     "record_solves",
     "solve",
 ]

@@ -12,10 +12,10 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import (
     SelectAdaptivePool2d,
     get_device_dtype,
+    is_exportable,
     register_notrace_function,
     register_notrace_module,
     to_2tuple,
@@ -29,10 +29,12 @@ from timm.models import (
 )
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from pcdeq_zoo.layers import PcDEQConv2d, PcDEQLinear, blocks
-from pcdeq_zoo.solver import OnFailure, Solver, Stop
+from pcdeq_zoo.layers import PcDEQConv2d, PcDEQLinear
+from pcdeq_zoo.pooling import CompactMaxPool2d
+from pcdeq_zoo.solution import OnFailure
+from pcdeq_zoo.solver import Solver, Stop
+from pcdeq_zoo.transforms import transformed
 from pcdeq_zoo.variants import VARIANTS, Variant
 from pcdeq_zoo.weights import CHECKPOINTS, WeightsError, hub_id, local_file, results
 
@@ -41,6 +43,10 @@ __all__ = ["PcDEQ"]
 # Window of the paper's average pool, by structure. Windows do not overlap, and what does not fill one is dropped: of
 # the 7 x 7 positions that MC has at the end, the pool sees the first 4 x 4.
 _POOL_WINDOWS = {"l": 1, "sc": 8, "mc": 4}
+
+# For torch.fx: the layers' loops have a length that depends on the data, the pool asks whether gradients are wanted.
+for _leaf in (PcDEQLinear, PcDEQConv2d, CompactMaxPool2d):
+    register_notrace_module(_leaf)
 
 _POOL_TYPES = ("paper", "avg", "max", "avgmax", "catavgmax", "")
 
@@ -55,57 +61,11 @@ def check_images(x: Tensor, in_chans: int, img_size: tuple[int, int]) -> None:
         raise TypeError(f"got {x.dtype} images, this model takes floating point: scale to [0, 1], then mean and std")
     if torch.compiler.is_compiling() or x.is_meta:
         return  # a graph cannot look at its data
+    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript takes it nested only
+        if transformed():
+            return  # nor can torch.func.vmap
     if not bool(x.isfinite().all()):
         raise ValueError("got images with NaN or infinite pixels, this model takes finite ones")
-
-
-class _MaxPool(torch.autograd.Function):
-    """Max pool that keeps the positions of its maxima in 2 bytes instead of 8, and handles them block by block.
-
-    As the library has it, they are the largest tensors of a training step: twice as large as what is pooled.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, window: tuple[int, int, int]) -> Tensor:
-        y, positions = torch.empty_like(x), torch.empty_like(x, dtype=torch.int16)
-        for rows in blocks(x):
-            y[rows], positions[rows] = F.max_pool2d(x[rows], *window, return_indices=True)
-        ctx.save_for_backward(x, positions)
-        ctx.window = window
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        x, positions = ctx.saved_tensors
-        size, stride, padding = ctx.window
-        pool_backward = torch.ops.aten.max_pool2d_with_indices_backward
-        x_grad = torch.empty_like(x)
-        for rows in blocks(x):
-            x_grad[rows] = pool_backward(
-                grad[rows], x[rows], [size], [stride], [padding], [1], False, positions[rows].long()
-            )
-        return x_grad, None
-
-
-@register_notrace_module  # asks whether gradients are wanted
-class CompactMaxPool2d(nn.MaxPool2d):
-    """Max pool of 3x3 windows that keeps the image size, with less memory for its gradient than `nn.MaxPool2d`."""
-
-    def __init__(self) -> None:
-        super().__init__(3, stride=1, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting() or torch.compiler.is_compiling():
-            return F.max_pool2d(x, self.kernel_size, self.stride, self.padding)
-        else:
-            return self._compact(x)
-
-    @torch.jit.unused
-    def _compact(self, x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled() or x.shape[2] * x.shape[3] >= 2**15:
-            return super().forward(x)
-        return _MaxPool.apply(x, (self.kernel_size, self.stride, self.padding))
 
 
 class PcDEQHead(nn.Module):
@@ -187,6 +147,8 @@ class PcDEQ(nn.Module):
         ValueError: An argument outside these.
     """
 
+    __jit_unused_properties__ = ("solver",)
+
     def __init__(
         self,
         structure: str = "mc",
@@ -219,7 +181,7 @@ class PcDEQ(nn.Module):
         self.img_size = (int(height), int(width))
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
-        self.solver = Solver(tol, max_evals, stop, on_failure)
+        self._solver = Solver(tol, max_evals, stop, on_failure)
 
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         feature_info: list[dict[str, Any]] = []
@@ -239,7 +201,8 @@ class PcDEQ(nn.Module):
             deq = PcDEQLinear if structure == "l" else PcDEQConv2d
             layers[f"conv{stage}"] = conv
             layers[f"prenorm{stage}"] = nn.BatchNorm2d(width_out, device=device, dtype=dtype)
-            layers[f"deq{stage}"] = deq(width_out, activation, solver=self.solver, device=device, dtype=dtype)
+            layers[f"deq{stage}"] = deq(width_out, activation, solver=self._solver, device=device, dtype=dtype)
+            layers[f"deq{stage}"].exportable = is_exportable()
             if structure != "l":
                 layers[f"pool{stage}"] = CompactMaxPool2d()
             layers[f"postnorm{stage}"] = nn.BatchNorm2d(width_out, device=device, dtype=dtype)
@@ -256,6 +219,20 @@ class PcDEQ(nn.Module):
             width_in, size, _POOL_WINDOWS[structure], num_classes, global_pool, drop_rate, device=device, dtype=dtype
         )
         self.head_hidden_size = self.head.num_features
+
+    @property
+    def solver(self) -> Solver:
+        """Settings of the solves, shared by all layers; another one may be assigned."""
+        return self._solver
+
+    @solver.setter
+    def solver(self, solver: Solver) -> None:
+        if not isinstance(solver, Solver):
+            raise TypeError(f"solver must be a Solver, got {solver!r}")
+        self._solver = solver
+        for layer in self.modules():
+            if isinstance(layer, PcDEQLinear | PcDEQConv2d):
+                layer.solver = solver
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -334,7 +311,10 @@ class PcDEQ(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """Features (N, num_features, H', W') of images (N, C, H, W), before the pool."""
         check_images(x, self.in_chans, self.img_size)
-        x = x.contiguous(memory_format=torch.channels_last)  # in which convolutions and pools are several times faster
+        if torch.jit.is_scripting():
+            x = x.contiguous(memory_format=torch.channels_last)
+        elif not transformed():  # torch.func.vmap knows no memory orders
+            x = x.contiguous(memory_format=torch.channels_last)  # convolutions and pools are several times faster so
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint_seq(self.features, x, every=self._stage_length)
         return self.features(x)
@@ -384,16 +364,16 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
                 f"these weights are not of this model: {name} is {tuple(found.shape)}, wanted {tuple(wanted.shape)}"
             )
     for name, tensor in state_dict.items():
-        if name.endswith((".weight_v", ".weight_g")) and bool((tensor < 0).any()):
+        if name.endswith((".magnitude", ".direction")) and bool((tensor < 0).any()):
             raise WeightsError(
                 f"these weights are not of a pcDEQ: {int((tensor < 0).sum())} entries of {name} are below 0; what "
-                "state_dict() gives of a model of the zoo has none, of another clamp v and g at 0 before saving"
+                "state_dict() gives of a model of the zoo has none, of another clamp them at 0 before saving"
             )
     return state_dict
 
 
 def _translate(name: str) -> str:
-    """Name in the authors' state dicts to ours; any other name is left as it is."""
+    """Name in the authors' or in our old state dicts to ours; any other name is left as it is."""
     if match := re.fullmatch(r"(?:conv|linear)1\.(\w+)", name):
         return f"features.conv1.{match[1]}"
     if match := re.fullmatch(r"downsample(\d)\.(\w+)", name):
@@ -401,8 +381,11 @@ def _translate(name: str) -> str:
     if match := re.fullmatch(r"bn(\d)\.(\w+)", name):  # odd before, even after a pcDEQ layer
         stage, after = divmod(int(match[1]) - 1, 2)
         return f"features.{'postnorm' if after else 'prenorm'}{stage + 1}.{match[2]}"
-    if match := re.fullmatch(r"block(\d?)\.deq\.f\.W\.(weight_[gv])", name):
-        return f"features.deq{match[1] or 1}.{match[2]}"
+    part = {"g": "magnitude", "v": "direction"}
+    if match := re.fullmatch(r"block(\d?)\.deq\.f\.W\.weight_([gv])", name):
+        return f"features.deq{match[1] or 1}.{part[match[2]]}"
+    if match := re.fullmatch(r"features\.deq(\d+)\.weight_([gv])", name):  # of this package before it was published
+        return f"features.deq{match[1]}.{part[match[2]]}"
     if match := re.fullmatch(r"classifier\.(\w+)", name):
         return f"head.fc.{match[1]}"
     return name

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,7 +24,8 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 from safetensors import SafetensorError, safe_open
 from timm.models import PretrainedCfg, load_state_dict
 
-from pcdeq_zoo import __version__
+from pcdeq_zoo._version import __version__
+from pcdeq_zoo.files import replace_file
 
 __all__ = [
     "CHECKPOINTS",
@@ -85,13 +87,12 @@ def results() -> dict[str, dict[str, str]]:
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write rows with the keys `RESULT_COLUMNS` to a CSV file, under a temporary name that is then renamed."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, RESULT_COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.replace(path)
+    """Write rows with the keys `RESULT_COLUMNS` to a CSV file, whole or not at all."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, RESULT_COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    replace_file(path, text.getvalue())
 
 
 def sha256(path: Path) -> str:

@@ -9,7 +9,9 @@ paper, drawn from our logs: docs/figures/*.svg, shown in docs/report.md.
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import math
 import re
 import statistics
 import sys
@@ -21,6 +23,7 @@ from typing import Any
 from ship import RUNS, recorded
 
 from pcdeq_zoo import VARIANTS
+from pcdeq_zoo.files import replace_file
 from pcdeq_zoo.weights import results
 
 ROOT = Path(__file__).parents[1]
@@ -132,19 +135,24 @@ def gallery() -> str:
     return "\n".join(lines).rstrip()
 
 
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams.update(
+        {"svg.hashsalt": "pcdeq_zoo", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    )
+    return pyplot
+
+
 def draw(group: str, names: list[str], file: Path) -> None:
     """By epoch: training accuracy, evaluations forward and backward, of dense layers the largest singular value of W.
 
     Lines are means over seeds and layers, bands the extremes of the seeds.
     """
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot as plt
-
-    plt.rcParams.update(
-        {"svg.hashsalt": "pcdeq_zoo", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-    )
+    plt = _pyplot()
     panels: list[tuple[str, Callable[[dict[str, Any]], float]]] = [
         ("Training accuracy, %", lambda line: line["train_top1"]),
         ("Evaluations forward", lambda line: _mean_evaluations(line, "forward")),
@@ -166,10 +174,36 @@ def draw(group: str, names: list[str], file: Path) -> None:
         axis.set(title=title, xlabel="Epoch")
     axes[0].legend(frameon=False)
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    figure.savefig(temporary, format="svg", metadata={"Date": None, "Title": group})
+    drawing = io.BytesIO()
+    figure.savefig(drawing, format="svg", metadata={"Date": None, "Title": group})
     plt.close(figure)
-    temporary.replace(file)
+    replace_file(file, drawing.getvalue())
+
+
+def draw_certificate(file: Path) -> None:
+    """One unit, z = tanh(1.5 z + 0.1): the map, its slope at b, and the interval proven from the next iterate."""
+    import numpy as np
+
+    plt = _pyplot()
+    w, x, b, z = 1.5, 0.1, 0.75, 0.82
+    z2, slope = math.tanh(w * z + x), w * (1 - math.tanh(w * b + x) ** 2)
+    bound = slope / (1 - slope) * abs(z2 - z)
+    figure, axis = plt.subplots(figsize=(5.5, 4), layout="constrained")
+    grid = np.linspace(0.55, 1, 200)
+    axis.plot(grid, np.tanh(w * grid + x), label="g(z) = tanh(1.5 z + 0.1)")
+    axis.plot(grid, grid, color="0.6", linewidth=1, label="z")
+    tangent = math.tanh(w * b + x) + slope * (grid - b)
+    axis.plot(grid[grid >= b], tangent[grid >= b], "--", linewidth=1, label=f"slope q = {slope:.2f} at b")
+    axis.axvspan(z2 - bound, z2 + bound, alpha=0.25, label="proven: |g(z) − z★| ≤ q / (1 − q) · |g(z) − z|")
+    for place, name in ((b, "b"), (z, "z"), (z2, "g(z)")):
+        axis.plot([place, place], [0.55, math.tanh(w * place + x)], ":", color="0.4", linewidth=1)
+        axis.annotate(name, (place, 0.56), textcoords="offset points", xytext=(3, 0))
+    axis.set(xlim=(0.55, 1), ylim=(0.55, 1))
+    axis.legend(frameon=False, loc="upper left")
+    drawing = io.BytesIO()
+    figure.savefig(drawing, format="svg", metadata={"Date": None, "Title": "certificate"})
+    plt.close(figure)
+    replace_file(file, drawing.getvalue())
 
 
 def _mean_evaluations(line: dict[str, Any], direction: str) -> float:
@@ -219,6 +253,7 @@ def main() -> None:
     for group, names in groups().items():
         draw(group, names, FIGURES / f"{group}.svg")
         print(f"drew {group}.svg")
+    draw_certificate(FIGURES / "certificate.svg")
 
 
 if __name__ == "__main__":

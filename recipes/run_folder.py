@@ -28,6 +28,8 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from pcdeq_zoo.files import sync_folder
+
 _STATE_NAME = re.compile(r"epoch-\d{4,}-step-\d{6,}")
 _TEMPORARY_PREFIX = ".writing-"
 _DIGESTS = "digests.json"
@@ -78,7 +80,7 @@ def check_folder(output: Path, settings: dict[str, Any], resume: str | None) -> 
     if resume is None:
         if held:
             raise SystemExit(f"{output} already holds a run; give another --output, --resume it, or remove it")
-    elif not record.exists() and (other := held - {"run.json.tmp"}):
+    elif not record.exists() and (other := {name for name in held if not name.startswith(".run.json.")}):
         raise SystemExit(f"{output} holds no run of train.py, but {', '.join(sorted(other))}; give another --output")
     elif resume != "latest":
         if not (Path(resume) / "run.json").is_file():
@@ -134,12 +136,12 @@ def write_state(output: Path, name: str, tensors: dict[str, dict[str, Tensor]], 
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-    _sync_folder(temporary)
+    sync_folder(temporary)
     before = [state for state in _states(folder) if state.name != name]
     if (folder / name).exists():  # the state that this run went on from, written again
         shutil.rmtree(folder / name)
     temporary.rename(folder / name)
-    _sync_folder(folder)
+    sync_folder(folder)
     for state in before:
         shutil.rmtree(state)
 
@@ -179,11 +181,3 @@ def remove_states(output: Path) -> None:
 
 def _states(folder: Path) -> list[Path]:
     return [state for state in folder.glob("epoch-*") if _STATE_NAME.fullmatch(state.name)]
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

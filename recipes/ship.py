@@ -16,10 +16,10 @@ import csv
 import dataclasses
 import json
 import re
-import shutil
 from pathlib import Path
 
 from pcdeq_zoo import VARIANTS
+from pcdeq_zoo.files import replace_file
 from pcdeq_zoo.weights import CHECKPOINTS, results, sha256, write_rows
 
 RUNS = Path(__file__).parents[1] / "docs" / "runs"
@@ -74,13 +74,13 @@ def ship(run: Path) -> str:
         raise SystemExit(f"{run} is not a run of the recipe that its tag says: {found}")
 
     RUNS.mkdir(parents=True, exist_ok=True)
-    _replace(RUNS / f"{name}.seed{seed}.jsonl", log)
-    _replace(RUNS / f"{name}.seed{seed}.json", record)
+    replace_file(RUNS / f"{name}.seed{seed}.jsonl", log.read_bytes())
+    replace_file(RUNS / f"{name}.seed{seed}.json", record.read_bytes())
     _write_rows(RUNS / "runs.csv", {**recorded(), (name, seed): row})
     if seed == 0:
         # The row last: without one a file is ignored, and between the two a file that replaces another is refused.
-        _replace(CHECKPOINTS / f"{name}.safetensors", weights)
-        _replace(CHECKPOINTS / f"{name}.jsonl", log)
+        replace_file(CHECKPOINTS / f"{name}.safetensors", weights.read_bytes())
+        replace_file(CHECKPOINTS / f"{name}.jsonl", log.read_bytes())
         _write_rows(
             CHECKPOINTS / "results.csv", {(model, 0): old for model, old in results().items()} | {(name, 0): row}
         )
@@ -96,12 +96,6 @@ def _write_rows(path: Path, rows: dict[tuple[str, int], dict[str, str]]) -> None
         return models.index(model), list(VARIANTS[model].recipes).index(tag), key[1]
 
     write_rows(path, [rows[key] for key in sorted(rows, key=place)])
-
-
-def _replace(target: Path, source: Path) -> None:
-    temporary = target.with_name(target.name + ".tmp")
-    shutil.copyfile(source, temporary)
-    temporary.replace(target)
 
 
 def main() -> None:

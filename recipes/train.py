@@ -49,7 +49,6 @@ from run_folder import (
     remove_states,
     write_state,
 )
-from safetensors.torch import save_file
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -57,6 +56,7 @@ from tqdm import tqdm
 
 from pcdeq_zoo import VARIANTS, DataError, PcDEQLinear, Recipe, SolveRecord, WeightsError, record_solves
 from pcdeq_zoo.data import load, normalize
+from pcdeq_zoo.files import replace_file, weights_bytes
 
 
 class _SumOverProcesses(torch.autograd.Function):
@@ -227,8 +227,7 @@ class Run:
         if not self.accelerator.is_main_process:
             self.progress.sums = dict.fromkeys(self.progress.sums, 0.0)  # the saved sums are those of all processes
         elif folder:
-            log.with_suffix(".tmp").write_text(state.log, encoding="utf-8")
-            log.with_suffix(".tmp").replace(log)
+            replace_file(log, state.log)
         else:
             log.unlink(missing_ok=True)
 
@@ -371,13 +370,8 @@ class Run:
 
     def write_weights(self) -> None:
         """Write model.safetensors, the moving average where the recipe has one."""
-        file = self.output / "model.safetensors"
-        temporary = file.with_suffix(".tmp")
         model = self.ema.module if self.ema else self.model
-        state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-        save_file(state, temporary, metadata={"format": "pt", "architecture": self.name})
-        temporary.chmod(0o644)  # safetensors writes files that only their owner can read
-        temporary.replace(file)
+        replace_file(self.output / "model.safetensors", weights_bytes(model.state_dict(), self.name))
 
 
 def hardware(accelerator: Accelerator) -> str:
@@ -522,8 +516,7 @@ def main() -> None:
     accelerator.wait_for_everyone()  # all have looked, before the first creates what they looked for
     with locked(output) if accelerator.is_main_process else nullcontext():
         if accelerator.is_main_process and not (output / "run.json").exists():
-            (output / "run.json.tmp").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-            (output / "run.json.tmp").replace(output / "run.json")
+            replace_file(output / "run.json", json.dumps(settings, indent=1) + "\n")
         accelerator.wait_for_everyone()
         if args.report_to:
             accelerator.init_trackers("tensorboard")

@@ -18,8 +18,8 @@ def test_the_papers_algorithm_gives_the_same(name: str):
     with torch.no_grad():
         for layer in model.modules():
             if isinstance(layer, PcDEQLinear | PcDEQConv2d):
-                layer.weight_v.uniform_()
-                layer.weight_g.uniform_(0.3, 0.6)
+                layer.direction.uniform_()
+                layer.magnitude.uniform_(0.3, 0.6)
     net = baseline(model, "paper").train()
     assert sum(isinstance(layer, Paper) for layer in net.modules()) == len(solved_layers(model))
     assert sum(p.numel() for p in net.parameters()) == sum(p.numel() for p in model.parameters())

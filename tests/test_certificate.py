@@ -1,16 +1,18 @@
 """The proven bounds: they hold on trained and on adversarial layers, they are useful, and a broken one is noticed."""
 
 import itertools
+import threading
 
 import pytest
 import timm
 import torch
-from test_layers import BOUND, CASES, dense, every_layer, input_map, make, newton
+from oracles import BOUND, CASES, dense, every_layer, input_map, make, newton
 from torch import Tensor, nn
 
 from pcdeq_zoo import (
     ACTIVATIONS,
     VARIANTS,
+    ConvergenceError,
     ConvergenceWarning,
     PcDEQConv2d,
     PcDEQLinear,
@@ -18,9 +20,12 @@ from pcdeq_zoo import (
     Solver,
     Status,
     enclosure,
+    solve,
 )
-from pcdeq_zoo.certificate import Certificate, rounding_error
+from pcdeq_zoo.certificate import error_bound, find_witness, no_witness, rounding_error
 from pcdeq_zoo.data import normalize
+from pcdeq_zoo.maps import EquilibriumMap
+from pcdeq_zoo.operators import Convolution, Dense, full_precision
 from pcdeq_zoo.weights import results
 
 # Inputs to a layer that push it to its limits, by name: applied to a standard normal one.
@@ -96,34 +101,26 @@ def test_an_enclosure_holds_however_early_it_stops(kind: str, activation: str):
 @every_layer
 @pytest.mark.parametrize("norm", [0.5, 3.0, 30.0])
 @pytest.mark.parametrize("fact", [3, 4])
-def test_the_weights_make_the_map_a_contraction(kind: str, activation: str, norm: float, fact: int):
-    """Fact 2 with the weights of facts 3 and 4: for any y, z above the base, random or next to it."""
-    layer, x = make(kind, activation, norm)
-    weight, x = layer._arrange_weight(layer.weight), layer._input_map(layer._arrange(x))
-    certificate = Certificate(
-        product=lambda w: layer._map(w, weight),
-        x=x,
-        evaluate=ACTIVATIONS[activation].evaluate,
-        derivative=ACTIVATIONS[activation].derivative,
-        rounding=rounding_error(weight[0].numel(), x, worst_case=False),
-        exact=lambda rows, z: layer._step(z, weight, x[rows]),
-    )
-    a = layer.sigma(x)
-    for _ in range(50):
-        b = certificate.step(a)
-        new = certificate.step(b)
-        # Without a change before, there are no weights of fact 3.
-        certificate(b, new, new - b, b - a if fact == 3 else torch.full_like(a, torch.nan), 1e-3)
-        if certificate.ready.all():
+def test_a_witness_makes_the_map_a_contraction(kind: str, activation: str, norm: float, fact: int):
+    """Fact 2 with the witnesses of facts 3 and 4: for any y, z above the base, random or next to it."""
+    layer, u = make(kind, activation, norm)
+    step = layer.fixed_point_map(u)
+    z, witness = step.start, no_witness(step)
+    for number in range(1, 51):
+        pair = step.pair(z, True)
+        if fact == 4:
+            pair.d1.fill_(torch.nan)  # without a change there is no witness of fact 3
+        witness = find_witness(step, pair, witness, number)
+        if witness.found.all():
             break
-        a = new
-    assert certificate.ready.all()
-    weights, base = certificate._weights, certificate._base
-    rate = certificate._amplification / (1 + certificate._amplification)  # of q / (1 − q)
+        z = pair.z2
+    assert witness.found.all()
+    base, x = witness.base, step.x
+    rate = witness.amplification / (1 + witness.amplification)  # of q / (1 − q)
     pairs = [[torch.maximum(torch.rand_like(x) * BOUND[activation], base) for _ in range(2)] for _ in range(50)]
-    for y, z in [*pairs, [base, base + 1e-3 * weights]]:
-        distance = ((y - z).abs() / weights).flatten(1).amax(1)
-        image = ((layer._step(y, weight, x) - layer._step(z, weight, x)).abs() / weights).flatten(1).amax(1)
+    for y, z in [*pairs, [base, base + 1e-3 * witness.w]]:
+        distance = ((y - z).abs() / witness.w).flatten(1).amax(1)
+        image = ((step(y) - step(z)).abs() / witness.w).flatten(1).amax(1)
         assert (image <= rate * distance * (1 + 1e-9)).all()
     # Next to the base the rate is what it says, but for the margin of saturated units.
     assert (image >= 0.9 * rate * distance)[rate > 0.01].all()
@@ -132,11 +129,11 @@ def test_the_weights_make_the_map_a_contraction(kind: str, activation: str, norm
 @every_layer
 def test_the_rate_of_plain_iterates_never_rises(kind: str, activation: str):
     """q_k = max d_k / d_{k−1}, by concavity."""
-    layer, x = make(kind, activation, 3.0)
-    weight, x = layer._arrange_weight(layer.weight), layer._input_map(layer._arrange(x))
-    iterates = [torch.zeros_like(x)]
+    layer, u = make(kind, activation, 3.0)
+    step = layer.fixed_point_map(u)
+    iterates = [torch.zeros_like(step.x)]
     for _ in range(12):
-        iterates.append(layer._step(iterates[-1], weight, x))
+        iterates.append(step(iterates[-1]))
     changes = [new - old for old, new in itertools.pairwise(iterates)]
     rates = [torch.where(old > 1e-9, new / old, 0).flatten(1).amax(1) for old, new in itertools.pairwise(changes)]
     for old, new in itertools.pairwise(rates):
@@ -148,11 +145,10 @@ def test_the_rate_of_plain_iterates_never_rises(kind: str, activation: str):
 def test_sigmoid_keeps_to_its_budget(kind: str, norm: float):
     """ε_k ≤ 2^−k for any W ≥ 0 and x ≥ 0, so 14 plain evaluations reach 1e-4; here the error is computed."""
     layer, x = adversarial(kind, "sigmoid", norm, "usual")
-    z, weight = truth(layer, x), layer._arrange_weight(layer.weight.double())
-    u = layer._input_map(layer._arrange(x.double()))
-    iterate = torch.zeros_like(u)
+    z, step = truth(layer, x), layer.fixed_point_map(x).double()
+    iterate = torch.zeros_like(step.x)
     for k in range(1, 15):
-        iterate = layer._step(iterate, weight, u)
+        iterate = step(iterate)
         assert ((z - iterate.flatten(1)) / z).max() <= 2.0**-k + 1e-12
     assert ((z - iterate.flatten(1)) / z).max() <= 1e-4
 
@@ -186,18 +182,11 @@ def test_an_exact_evaluation_goes_where_the_rounding_bound_does_not(activation: 
     solution = layer.solve(x)
     assert solution.converged.all()
     assert_holds(solution, truth(layer, x))
-    monkeypatch.setattr("pcdeq_zoo.layers.rounding_error", lambda *args, **kwargs: 1e-4)
+    monkeypatch.setattr("pcdeq_zoo.certificate.rounding_error", lambda *args, **kwargs: 1e-4)
     assert_holds(layer.solve(x), truth(layer, x))
     assert layer.solve(x).converged.all()
-    monkeypatch.setattr(Certificate, "__init__", _without_exact(Certificate.__init__))
+    monkeypatch.setattr(EquilibriumMap, "double", lambda step: lambda z: torch.full_like(z, torch.inf))
     assert not layer.solve(x).converged.any()
-
-
-def _without_exact(init):
-    def patched(self, **kwargs):
-        init(self, **kwargs | {"exact": lambda rows, z: torch.full_like(z, torch.inf, dtype=torch.float64)})
-
-    return patched
 
 
 @pytest.mark.parametrize("activation", ["relu6", "tanh", "softsign"])
@@ -205,45 +194,101 @@ def test_a_chain_of_units_is_certified(activation: str):
     """Each unit lives off the one before, almost linearly: relative to itself, g contracts it by 1e-8 only."""
     layer = PcDEQLinear(4, activation, Solver(tol=1e-4, on_failure="raise"))
     weight = torch.diag(torch.full((3,), 1e-2), -1)
-    with torch.no_grad():
-        layer.weight_v.copy_(weight)
-        layer.weight_g.copy_(torch.linalg.vector_norm(weight, dim=1, keepdim=True))
+    layer.set_weight(weight)
     x = torch.tensor([[1.0, -4.0, -4.0, -4.0]])
     solution = layer.solve(x)
     assert solution.evaluations.item() <= 6
     assert_holds(solution, truth(layer, x))
 
 
-@pytest.mark.parametrize("weight", [0.3, 0.5765])  # bfloat16 rounds these up
-def test_bounds_hold_at_the_corner_of_relu6_and_with_coarse_products(weight: float, monkeypatch):
+@pytest.mark.parametrize("weight", [0.3, 0.5765])
+def test_bounds_hold_at_the_corner_of_relu6(weight: float):
     """Equilibria just below 6, where computed iterates are at 6 and g looks flat."""
-    monkeypatch.setattr(PcDEQLinear, "_map", _coarse_map)
-    torch.set_float32_matmul_precision("medium")
+    layer = PcDEQLinear(1, "relu6", Solver(tol=1e-2, on_failure="ignore"))
+    layer.set_weight(torch.full((1, 1), weight))
+    x = 6 * (1 - weight) * (1 + torch.linspace(-1e-6, 1e-6, 500, dtype=torch.float64)[:, None])
+    u = (torch.log(torch.expm1(5 * x)) / 5).float()
+    solution, z = layer.solve(u), enclosure(layer, u, tol=1e-14)
+    assert (solution.lower.double() <= z.upper).all()
+    assert (z.lower <= solution.upper.double()).all()
+    assert (solution.value == 6)[z.upper < 6].any()  # the case is there
+
+
+@pytest.fixture(params=["set_float32_matmul_precision", "mkldnn"])
+def bfloat16_switched_on(request, monkeypatch):
+    """PyTorch is told that float32 products may be bfloat16's, and obeys, as on a CPU with AMX."""
+    conv, matmul = torch.backends.mkldnn.conv, torch.backends.mkldnn.matmul
+
+    def emulated(exact, switch):
+        def product(self, z: Tensor) -> Tensor:
+            if z.dtype == torch.float32 and switch.fp32_precision == "bf16":
+                return exact(type(self)(self.weight.bfloat16().float()), z.bfloat16().float())
+            return exact(self, z)
+
+        return product
+
+    monkeypatch.setattr(Dense, "__call__", emulated(Dense.__call__, matmul))
+    monkeypatch.setattr(Convolution, "__call__", emulated(Convolution.__call__, conv))
+    before = conv.fp32_precision, matmul.fp32_precision
+    if request.param == "mkldnn":
+        conv.fp32_precision = matmul.fp32_precision = "bf16"
+    else:
+        torch.set_float32_matmul_precision("medium")
+    assert matmul.fp32_precision == "bf16"
+    yield
+    torch.set_float32_matmul_precision("highest")
+    conv.fp32_precision, matmul.fp32_precision = before
+
+
+@every_layer
+def test_what_is_proven_is_proven_in_full_precision(kind: str, activation: str, bfloat16_switched_on):
+    """Whatever the switches say; and they are as they were when the solve is over, however it ends."""
+    layer, x = adversarial(kind, activation, 10.0, "usual")
+    solution = layer.solve(x)
+    assert solution.converged.all()
+    assert_holds(solution, truth(layer, x))
+    assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    layer.solver.max_evals, layer.solver.on_failure = 2, "raise"
+    with pytest.raises(ConvergenceError):
+        layer(x)
+    assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    step, z = layer.fixed_point_map(x), torch.rand_like(layer.fixed_point_map(x).x)
+    outside = step(z)
+    with full_precision(x.device):
+        inside = step(z)
+    if kind == "linear" or torch.backends.mkldnn.conv.fp32_precision == "bf16":
+        assert not torch.equal(outside, inside)  # the emulation is one
+
+
+def test_full_precision_of_two_threads_that_overlap():
+    """The first one leaves while the second is inside: products stay exact until that leaves too."""
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    entered, left, seen = threading.Event(), threading.Event(), []
+
+    def second() -> None:
+        with full_precision(torch.device("cpu")):
+            entered.set()
+            left.wait()
+            seen.append(matmul.fp32_precision)
+
+    thread = threading.Thread(target=second)
     try:
-        layer = PcDEQLinear(1, "relu6", Solver(tol=1e-2, on_failure="ignore"))
-        with torch.no_grad():
-            layer.weight_v.fill_(weight)
-            layer.weight_g.fill_(weight)
-        x = 6 * (1 - weight) * torch.linspace(0.97, 1.01, 500)[:, None]
-        u = torch.log(torch.expm1(5 * x.double())).float() / 5
-        solution, z = layer.solve(u), enclosure(layer, u, tol=1e-12)
-        assert (solution.lower.double() <= z.upper).all()
-        assert (z.lower <= solution.upper.double()).all()
-        assert (solution.value == 6).sum() > (z.upper == 6).sum()  # the case is there
+        with full_precision(torch.device("cpu")):
+            thread.start()
+            entered.wait()
+        left.set()
+        thread.join()
+        assert seen == ["ieee"]
+        assert matmul.fp32_precision == "bf16"
     finally:
-        torch.set_float32_matmul_precision("highest")
-
-
-def _coarse_map(self, z: Tensor, weight: Tensor) -> Tensor:
-    if z.dtype == torch.float64:
-        return nn.functional.linear(z, weight)
-    return nn.functional.linear(z.bfloat16().float(), weight.bfloat16().float())
+        matmul.fp32_precision = before
 
 
 def test_a_broken_bound_is_noticed(monkeypatch):
     """The tests above would see a bound that is too small, here by a factor."""
-    honest = Certificate.__call__
-    monkeypatch.setattr(Certificate, "__call__", lambda *args: honest(*args) / 300)
+    monkeypatch.setattr("pcdeq_zoo.solver.error_bound", lambda *args: error_bound(*args) / 300)
     noticed = 0
     for kind, activation in CASES:
         layer, x = adversarial(kind, activation, 10.0, "usual")
@@ -296,12 +341,22 @@ def test_certified_alone_as_in_a_batch(kind: str, activation: str):
         torch.testing.assert_close(layer.solve(x[i : i + 1]).value[0], batch.value[i], rtol=1e-4, atol=1e-7)
 
 
-def test_reduced_precision_products_widen_the_bound():
-    like = torch.zeros(1)
-    exact = rounding_error(100, like, worst_case=False)
-    torch.set_float32_matmul_precision("medium")
-    try:
-        assert rounding_error(100, like, worst_case=False) > 1000 * exact
-    finally:
-        torch.set_float32_matmul_precision("highest")
-    assert exact < rounding_error(100, like, worst_case=True)
+def test_the_worst_case_is_worse_than_the_probable():
+    step = PcDEQLinear(100).fixed_point_map(torch.zeros(1, 100))
+    assert rounding_error(step, worst_case=False) < rounding_error(step, worst_case=True)
+    assert rounding_error(step.double(), worst_case=True) < 1e-13
+
+
+def test_an_input_without_an_equilibrium_has_no_enclosure():
+    x = torch.zeros(2, 4)
+    x[1, 2] = torch.nan
+    with pytest.raises(ValueError, match="the input has 1 NaN entries, and so no equilibrium to enclose"):
+        enclosure(PcDEQLinear(4), x)
+
+
+def test_a_certificate_is_for_the_map_of_a_layer_only():
+    """Of any other step it would prove something false."""
+    with pytest.raises(ValueError, match=r"takes the map of a pcDEQ layer, layer.fixed_point_map\(u\)"):
+        solve(lambda z: 0.5 * z + 1, torch.ones(2, 3), stop="certified")
+    layer, x = adversarial("linear", "tanh", 3.0, "usual")
+    assert_holds(solve(layer.fixed_point_map(x), stop="certified", tol=1e-3), truth(layer, x))

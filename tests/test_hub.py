@@ -535,7 +535,7 @@ for _ in range(3):
     torch.nn.functional.cross_entropy(model(x), y).backward()
     optimizer.step()
 with torch.no_grad():
-    model.features.deq1.weight_v[0, 0] = -1.0  # as a last step may leave it; what is pushed is projected
+    model.features.deq1.direction[0, 0] = -1.0  # as a last step may leave it; what is pushed is projected
 push_to_hf_hub(model, "alice/mine", safe_serialization=True)
 loaded = timm.create_model("hf-hub:alice/mine", pretrained=True)
 same = all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True))
@@ -544,8 +544,8 @@ same_logits = torch.equal(model.eval()(x), loaded.eval()(x))
 from huggingface_hub import HfApi
 from safetensors.torch import save
 state = model.state_dict()
-state["features.deq1.weight_v"] = state["features.deq1.weight_v"].clone()
-state["features.deq1.weight_v"][0, 0] = -1.0
+state["features.deq1.direction"] = state["features.deq1.direction"].clone()
+state["features.deq1.direction"][0, 0] = -1.0
 HfApi().upload_file(path_or_fileobj=save(state), path_in_repo="model.safetensors", repo_id="alice/mine")
 refused = error("hf-hub:alice/mine")
 print(json.dumps([same, same_logits, loaded.num_classes, loaded.solver.tol, refused]))
@@ -555,7 +555,7 @@ print(json.dumps([same, same_logits, loaded.num_classes, loaded.solver.tol, refu
     assert same_logits
     assert classes == 4
     assert tol == 1e-4
-    assert "1 entries of features.deq1.weight_v are below 0" in refused
+    assert "1 entries of features.deq1.direction are below 0" in refused
 
 
 class TestCards:

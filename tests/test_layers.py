@@ -1,73 +1,20 @@
 """The layers against mathematics: independent oracles in float64, and the limits of float32."""
 
 import copy
+import gc
 import math
 import warnings
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
+from oracles import BOUND, SIGMA, dense, derivative, every_layer, input_map, make, newton
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
-from pcdeq_zoo import ACTIVATIONS, ConvergenceWarning, PcDEQConv2d, PcDEQLinear, Solver, Status, solve
-
-BOUND = {"relu6": 6.0, "tanh": 1.0, "softsign": 1.0, "sigmoid": 1.0}
-SIGMA = {"relu6": F.relu6, "tanh": torch.tanh, "softsign": F.softsign, "sigmoid": torch.sigmoid}
-
-CASES = [(kind, activation) for kind in ("linear", "conv") for activation in ACTIVATIONS]
-every_layer = pytest.mark.parametrize(("kind", "activation"), CASES, ids=["-".join(case) for case in CASES])
-
-
-def make(kind: str, activation: str, norm: float = 3.0, dtype: torch.dtype = torch.float64, **solver):
-    """A layer with random W of spectral norm `norm`, solved as far as the precision allows, and a random input."""
-    tol = 1e-14 if dtype == torch.float64 else 1e-6
-    settings = Solver(**{"tol": tol, "max_evals": 5000, "stop": "residual", **solver})
-    if kind == "linear":
-        layer, x = PcDEQLinear(12, activation, settings, dtype=dtype), torch.randn(4, 12, dtype=dtype)
-    else:
-        layer, x = PcDEQConv2d(3, activation, solver=settings, dtype=dtype), torch.randn(4, 3, 5, 4, dtype=dtype)
-    with torch.no_grad():
-        layer.weight_v.uniform_().masked_fill_(torch.rand_like(layer.weight_v) < 0.2, 0)
-        layer.weight_g.uniform_(0.5, 1)
-        layer.weight_g.mul_(norm / torch.linalg.matrix_norm(dense(layer, x), 2))
-    return layer, x
-
-
-def dense(layer: nn.Module, x: Tensor, weight: Tensor | None = None) -> Tensor:
-    """W as a matrix on one flattened sample, column by column."""
-    weight = layer.weight if weight is None else weight
-    if isinstance(layer, PcDEQLinear):
-        return weight
-    n = x[0].numel()
-    units = torch.eye(n, dtype=x.dtype).view(n, *x.shape[1:])
-    return F.conv2d(units, weight, padding=layer.padding).flatten(1).T
-
-
-def input_map(layer: nn.Module, x: Tensor) -> Tensor:
-    return torch.logaddexp(5 * x, x.new_zeros(())) / 5 if layer.kind == 1 else F.relu(x)
-
-
-def derivative(activation: str, pre: Tensor) -> Tensor:
-    with torch.enable_grad():
-        pre = pre.detach().requires_grad_()
-        (d,) = torch.autograd.grad(SIGMA[activation](pre).sum(), pre)
-    return d
-
-
-def newton(matrix: Tensor, u: Tensor, activation: str) -> Tensor:
-    """Equilibrium of samples u (N, n) by dense Newton steps from the upper bound; as σ is concave they fall to z*.
-
-    Shares nothing with the package: no iteration of the map, no stopping rule, σ′ by autograd.
-    """
-    z = torch.full_like(u, BOUND[activation])
-    eye = torch.eye(u.shape[1], dtype=u.dtype)
-    for _ in range(60):
-        pre = z @ matrix.T + u
-        jacobian = derivative(activation, pre)[:, :, None] * matrix
-        z = z - torch.linalg.solve(eye - jacobian, (z - SIGMA[activation](pre))[:, :, None])[:, :, 0]
-    assert (SIGMA[activation](z @ matrix.T + u) - z).abs().max() < 1e-13
-    return z
+from pcdeq_zoo import ConvergenceWarning, PcDEQConv2d, PcDEQLinear, Solver, Status, project, solve
 
 
 @every_layer
@@ -87,10 +34,10 @@ def test_equilibrium_is_the_oracles_from_any_start(kind: str, activation: str, n
 @every_layer
 def test_plain_iterates_rise_to_the_equilibrium(kind: str, activation: str):
     layer, x = make(kind, activation)
-    final, u, weight = layer.solve(x).value, layer._input_map(layer._arrange(x)), layer._arrange_weight(layer.weight)
+    final, step = layer.solve(x).value, layer.fixed_point_map(x)
     previous = torch.zeros_like(final)
     for _ in range(30):
-        iterate = layer._step(previous, weight, u)
+        iterate = step(previous)
         assert (iterate >= previous - 1e-14).all()
         assert (iterate <= final + 1e-12).all()
         previous = iterate
@@ -103,9 +50,9 @@ def test_gradient_is_the_implicit_function_theorems(kind: str, activation: str):
     x.requires_grad_()
     loss_weight = torch.randn(x.shape, dtype=x.dtype)
     (layer(x) * loss_weight).sum().backward()
-    got = x.grad, layer.weight_v.grad, layer.weight_g.grad
+    got = x.grad, layer.direction.grad, layer.magnitude.grad
 
-    v, g = (p.detach().clone().requires_grad_() for p in (layer.weight_v, layer.weight_g))
+    v, g = (p.detach().clone().requires_grad_() for p in (layer.direction, layer.magnitude))
     leaf = x.detach().clone().requires_grad_()
     matrix = dense(layer, x, g * v / v.flatten(1).norm(dim=1).view(g.shape))
     u = input_map(layer, leaf).flatten(1)
@@ -124,10 +71,10 @@ def test_gradient_is_that_of_finite_differences(kind: str, activation: str):
     x = x[:2].clone().requires_grad_()
 
     def f(x: Tensor, v: Tensor, g: Tensor) -> Tensor:
-        return torch.func.functional_call(layer, {"weight_v": v, "weight_g": g}, (x,))
+        return torch.func.functional_call(layer, {"direction": v, "magnitude": g}, (x,))
 
-    v = (layer.weight_v.detach() + 0.1).requires_grad_()  # away from the kink of the projection
-    g = layer.weight_g.detach().clone().requires_grad_()
+    v = (layer.direction.detach() + 0.1).requires_grad_()  # away from the kink of the projection
+    g = layer.magnitude.detach().clone().requires_grad_()
     assert torch.autograd.gradcheck(f, (x, v, g), eps=1e-6, atol=1e-6, rtol=1e-5)
 
 
@@ -155,14 +102,35 @@ def test_gradient_does_not_depend_on_the_scale_of_the_loss(kind: str, activation
     torch.testing.assert_close(scaled / scale, reference, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize("activation", ["tanh", "softsign", "sigmoid"])
+@pytest.mark.parametrize("stop", ["certified", "estimated"])
+@pytest.mark.parametrize("norm", [3.0, 30.0])
+def test_gradient_at_the_default_tolerance_where_units_are_saturated(
+    kind: str, activation: str, stop: str, norm: float
+):
+    """σ′ next to 0 has no digits left as a function of an equilibrium with an error of 1e-3, only of its argument."""
+    exact, x = make(kind, activation, norm)
+    layer = copy.deepcopy(exact).float()
+    layer.solver = Solver(stop=stop)
+    mask = torch.randn_like(x)
+    wanted, got = (
+        torch.autograd.grad((net(x.to(net.direction.dtype)) * mask).sum(), list(net.parameters()))
+        for net in (exact, layer)
+    )
+    wanted, got = (torch.cat([grad.flatten().double() for grad in grads]) for grads in (wanted, got))
+    assert (got - wanted).norm() <= 3e-3 * wanted.norm()
+    assert (layer(x.float()) <= BOUND[activation]).all()  # nor does an extrapolation leave σ's range
+
+
 class TestCounterExamples:
     """Why W ≥ 0, x ≫ 0 and z₀ ≥ 0 are there, and that the layers keep to them."""
 
     def scalar(self, activation: str, weight: float) -> PcDEQLinear:
         layer = PcDEQLinear(1, activation, Solver(tol=1e-6, max_evals=500, stop="residual"))
         with torch.no_grad():
-            layer.weight_v.fill_(weight)
-            layer.weight_g.fill_(abs(weight))
+            layer.direction.fill_(weight)
+            layer.magnitude.fill_(abs(weight))
         return layer
 
     def test_without_positive_input_the_fixed_point_is_not_unique(self):
@@ -191,13 +159,13 @@ class TestCounterExamples:
 def test_zero_rows_are_zero_and_can_grow(kind: str, activation: str):
     layer, x = make(kind, activation, dtype=torch.float32)
     with torch.no_grad():
-        layer.weight_v[1] = 0
+        layer.direction[1] = 0
     y = layer(x)
     y.sum().backward()
     assert (layer.weight[1] == 0).all()
     assert y.isfinite().all()
     assert all(p.grad.isfinite().all() for p in layer.parameters())
-    assert (layer.weight_v.grad[1] != 0).any()
+    assert (layer.direction.grad[1] != 0).any()
 
 
 @every_layer
@@ -235,7 +203,7 @@ def test_half_precision_is_solved_in_float32(kind: str, activation: str, dtype: 
     x = x.to(dtype)
     y = half(x.requires_grad_())
     y.sum().backward()
-    assert y.dtype == x.grad.dtype == half.weight_v.grad.dtype == dtype
+    assert y.dtype == x.grad.dtype == half.direction.grad.dtype == dtype
     # The exact layer with the rounded parameters; only the output is rounded once more.
     exact = copy.deepcopy(half).float()
     assert torch.equal(y, exact(x.detach().float()).to(dtype))
@@ -274,7 +242,7 @@ def test_checkpointing_and_twice_in_one_forward(kind: str, activation: str):
     for a, b in zip(got, wanted, strict=True):
         assert torch.equal(a, b)
 
-    v, g = (p.detach().clone().requires_grad_() for p in (layer.weight_v, layer.weight_g))
+    v, g = (p.detach().clone().requires_grad_() for p in (layer.direction, layer.magnitude))
     weight = g * v / v.flatten(1).norm(dim=1).view(g.shape)
     y = x
     for _ in range(2):
@@ -288,21 +256,19 @@ def test_checkpointing_and_twice_in_one_forward(kind: str, activation: str):
 
 def test_only_input_equilibrium_and_weight_are_saved():
     layer, u = make("linear", "tanh")
+    layer.requires_grad_(False)
     saved = []
-    weight = layer.weight.detach().requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
-        from pcdeq_zoo.layers import _Equilibrium
-
-        _Equilibrium.apply(u, weight, layer)
-    assert sorted(saved) == sorted([u.shape, u.shape, weight.shape])
+        layer(u.requires_grad_())
+    assert sorted(saved) == sorted([u.shape, u.shape, layer.weight.shape])
 
 
 @every_layer
 def test_double_backward_raises(kind: str, activation: str):
     layer, x = make(kind, activation)
-    y = layer(x.requires_grad_())
+    (grad,) = torch.autograd.grad(layer(x.requires_grad_()).sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="cannot be differentiated twice"):
-        torch.autograd.grad(y.sum(), x, create_graph=True)
+        grad.sum().backward()
 
 
 @every_layer
@@ -312,34 +278,163 @@ def test_a_training_loop_that_knows_nothing_leaves_the_weight_nonnegative(kind: 
     for _ in range(3):
         optimizer.zero_grad()
         (layer(x) * torch.randn_like(x)).sum().backward()
+        before = layer.direction.detach().clone()
         optimizer.step()
-    assert (layer.weight_v < 0).any()  # the optimiser did leave the orthant
-    assert (layer.weight >= 0).all()
-    state = layer.state_dict()
-    assert all((tensor >= 0).all() for tensor in state.values())
+        assert ((before > 0) & (layer.direction == 0)).any()  # the optimizer did leave the orthant
+        assert all((parameter >= 0).all() for parameter in layer.parameters())
     # A hand-made state dict, and an average of models.
-    layer.load_state_dict({name: tensor - 1 for name, tensor in state.items()})
+    layer.load_state_dict({name: tensor - 1 for name, tensor in layer.state_dict().items()})
     assert (layer.weight >= 0).all()
     assert layer(x).isfinite().all()
 
 
-def test_projection_does_not_change_the_function():
-    layer, x = make("conv", "relu6", dtype=torch.float32)
+def test_a_step_projects_what_it_moves_and_nothing_else():
+    mine, other = (PcDEQLinear(3, "tanh") for _ in range(2))
+    copied = copy.deepcopy(mine)
     with torch.no_grad():
-        layer.weight_v.sub_(0.3)
-        before = layer(x)
-    after = layer(x)
-    assert (layer.weight_v >= 0).all()
-    assert torch.equal(before, after)
+        for layer in (mine, other, copied):
+            layer.direction.sub_(1)
+    torch.optim.SGD([*copied.parameters(), nn.Parameter(torch.zeros(1))], lr=0.0).step()
+    assert (copied.direction == 0).all()
+    assert (mine.direction < 0).all()
+    assert (other.direction < 0).all()
+    project(nn.Sequential(mine, nn.ReLU()))
+    assert (mine.direction == 0).all()
+    assert (other.direction < 0).all()
+
+
+@every_layer
+def test_forward_and_state_dict_write_nothing(kind: str, activation: str):
+    """Parameters below 0 are taken for 0, saved as 0, and stay where whoever put them there wants them."""
+    layer, x = make(kind, activation, dtype=torch.float32)
+    with torch.no_grad():
+        layer.direction.sub_(0.3)
+        layer.magnitude[0] = -1
+    before = {name: parameter.detach().clone() for name, parameter in layer.named_parameters()}
+    y = layer(x)
+    (y * torch.randn_like(y)).sum().backward()
+    state = layer.state_dict()
+    for name, parameter in layer.named_parameters():
+        assert torch.equal(parameter, before[name])
+        assert (parameter < 0).any()
+        assert torch.equal(state[name], before[name].clamp(min=0))
+    clone = copy.deepcopy(layer)
+    clone.load_state_dict(state)
+    assert torch.equal(clone(x), y)
+    project(layer)  # W does not change by it
+    assert torch.equal(layer(x), y)
+
+
+def test_what_a_caller_computes_with_is_the_callers():
+    """functional_call, a penalty taken before the forward, and a difference at a zero entry."""
+    layer, x = make("linear", "tanh")
+    candidate = {name: (p.detach() - 0.3).requires_grad_() for name, p in layer.named_parameters()}
+    before = {name: value.detach().clone() for name, value in candidate.items()}
+    torch.func.functional_call(layer, candidate, (x,)).sum().backward()
+    assert all(torch.equal(candidate[name], value) for name, value in before.items())
+
+    with torch.no_grad():
+        layer.direction.sub_(0.3)
+    wanted = 2 * layer.direction.detach()
+    penalty = layer.direction.square().sum()
+    layer(x)
+    (got,) = torch.autograd.grad(penalty, layer.direction)
+    assert torch.equal(got, wanted)
+
+
+class TestWeight:
+    """One way to set W; what would change a copy of it raises."""
+
+    @pytest.mark.parametrize("layer", [PcDEQLinear(3), PcDEQConv2d(2)], ids=["linear", "conv"])
+    def test_set_weight(self, layer: nn.Module):
+        wanted = torch.rand_like(layer.direction)
+        wanted[0] = 0
+        layer.set_weight(wanted)
+        torch.testing.assert_close(torch.Tensor(layer.weight), wanted)
+
+    @pytest.mark.parametrize(
+        ("weight", "message"),
+        [
+            (torch.full((3, 3), -1.0), "W must be ≥ 0 and finite, got entries from -1 to -1"),
+            (torch.full((3, 3), torch.nan), "W must be ≥ 0 and finite, got entries from nan to nan"),
+            (torch.zeros(2, 3), r"W must be \(3, 3\), got \(2, 3\)"),
+        ],
+    )
+    def test_refuses_what_is_no_weight(self, weight: Tensor, message: str):
+        with pytest.raises(ValueError, match=message):
+            PcDEQLinear(3).set_weight(weight)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda layer: nn.init.constant_(layer.weight, 1.0),
+            lambda layer: nn.init.xavier_uniform_(layer.weight),
+            lambda layer: layer.weight.data.copy_(torch.ones(3, 3)),
+            lambda layer: torch.add(layer.weight, 1, out=layer.weight),
+            lambda layer: layer.weight.requires_grad_(False),
+            lambda layer: layer.weight.mul_(2),
+            lambda layer: layer.weight.__setitem__((0, 0), 1.0),
+        ],
+    )
+    def test_what_would_change_a_copy_raises(self, change):
+        layer = PcDEQLinear(3)
+        with (
+            torch.no_grad(),
+            pytest.raises(TypeError, match=r"use layer.set_weight\(W\) to set it, and"),
+        ):
+            change(layer)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda layer: setattr(layer, "weight", nn.Parameter(torch.ones(3, 3))),
+            lambda layer: setattr(layer, "weight", torch.ones(3, 3)),
+            lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+            lambda layer: layer.register_parameter("weight", nn.Parameter(torch.ones(3, 3))),
+        ],
+    )
+    def test_it_cannot_be_replaced(self, change):
+        with pytest.raises(AttributeError, match=r"use layer.set_weight\(W\) to set it"):
+            change(PcDEQLinear(3))
+
+    def test_it_can_be_computed_with_and_frozen(self):
+        layer = PcDEQLinear(3)
+        (2 * layer.weight).sum().backward()
+        assert layer.direction.grad is not None
+        assert type(layer.weight + 1) is type(layer.weight.detach()) is Tensor
+        layer.requires_grad_(False)
+        assert not layer.weight.requires_grad
+
+
+def test_files_of_the_old_names_load():
+    layer, x = make("linear", "tanh")
+    old = {"weight_g": layer.magnitude.detach(), "weight_v": layer.direction.detach()}
+    net = nn.Sequential(PcDEQLinear(12, "tanh", layer.solver, dtype=torch.float64))
+    net.load_state_dict({f"0.{name}": value for name, value in old.items()})
+    assert torch.equal(net(x), layer(x))
+    assert list(net.state_dict()) == ["0.magnitude", "0.direction"]
+
+
+def test_a_graph_does_not_keep_its_layer():
+    """A hook that keeps the output, as Grad-CAM's and distillation's do, is no reason to keep the layer."""
+    kept = []
+    layer = PcDEQLinear(4, "tanh")
+    layer.register_forward_hook(lambda layer, inputs, output: kept.append(output))
+    layer(torch.randn(2, 4))
+    alive = weakref.ref(layer)
+    del layer
+    gc.collect()
+    assert alive() is None
+    kept[0].sum().backward()
 
 
 def test_a_weight_at_zero_still_learns():
     """The projection must not be a trap: where W = 0 the gradient of the smallest increase is there."""
     layer, x = make("linear", "tanh")
     with torch.no_grad():
-        layer.weight_v[:, 0] = 0
+        layer.direction[:, 0] = 0
     layer(x).sum().backward()
-    assert (layer.weight_v.grad[:, 0].abs() > 0).all()
+    assert (layer.direction.grad[:, 0].abs() > 0).all()
 
 
 def test_deepcopy_and_pickle_before_and_after_a_forward(tmp_path):
@@ -367,7 +462,7 @@ def test_memory_order_of_the_input_does_not_matter():
 def test_unconverged_solves_are_not_silent_by_default():
     layer = PcDEQLinear(4, "tanh", Solver(tol=1e-12, max_evals=3))
     with torch.no_grad():
-        layer.weight_g.fill_(1)
+        layer.magnitude.fill_(1)
     with pytest.warns(ConvergenceWarning, match="raise max_evals, or tol"):
         layer(torch.randn(2, 4))
     with warnings.catch_warnings():

@@ -36,7 +36,7 @@ def make(name: str, **kwargs) -> PcDEQ:
     with torch.no_grad():
         for layer in model.modules():
             if isinstance(layer, PcDEQLinear | PcDEQConv2d):
-                layer.weight_g.fill_(0.5)
+                layer.magnitude.fill_(0.5)
     return model
 
 
@@ -53,7 +53,7 @@ def test_the_variants_are_those_of_the_paper():
         ours = {
             "paper_name": variant.paper_name,
             "dataset": variant.dataset.title,
-            "layer": ACTIVATIONS[variant.activation].kind,
+            "layer": ACTIVATIONS[variant.activation].pcdeq,
             "structure": variant.structure.upper(),
             "activation": variant.activation,
             "channels": list(variant.channels),
@@ -273,7 +273,7 @@ def test_deepcopy_and_ema(name: str):
     for p in model.parameters():
         p.data -= 1.0
     ema.update(model)
-    assert all((layer.weight >= 0).all() for layer in ema.module.modules() if hasattr(layer, "weight_v"))
+    assert all((layer.weight >= 0).all() for layer in ema.module.modules() if hasattr(layer, "direction"))
     assert ema.module(x).isfinite().all()
 
 
@@ -338,7 +338,7 @@ class TestBadInput:
             ({"channels": ()}, ValueError, r"structure 'mc' takes some width, got \(\)"),
             ({"img_size": 4}, ValueError, "images of 4x4 are too small for 3 stages"),
             ({"img_size": 12}, ValueError, "averages 4x4 windows, but the features are 2x2"),
-            ({"tol": 0}, ValueError, "tol must be above 0, got 0"),
+            ({"tol": 0}, ValueError, "tol must be above 0 and finite, got 0.0"),
             ({"nonsense": 1}, TypeError, "unexpected keyword argument 'nonsense'"),
         ],
     )

@@ -164,9 +164,8 @@ def test_the_result_loads_through_timm(run: Path):
 def test_the_seed_makes_it_reproducible(run: Path, tmp_path):
     again = launch(f"{SHORT} --output {tmp_path / 'again'}")
     assert again.returncode == 0, again.stderr
-    # The tensors, not the files: safetensors writes its metadata in random order.
-    one, two = (load_file(folder / "model.safetensors") for folder in (run, tmp_path / "again"))
-    assert all(torch.equal(one[key], two[key]) for key in one)
+    one, two = (folder / "model.safetensors" for folder in (run, tmp_path / "again"))
+    assert sha256(one) == sha256(two)
 
 
 # Batches and groups of them that do not come out even, and all that a recipe can ask for.

@@ -1,12 +1,23 @@
 """The loop: when a sample stops, what is told of it, and that no sample changes another."""
 
+import threading
 import warnings
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
-from pcdeq_zoo import ConvergenceError, ConvergenceWarning, PcDEQLinear, Solver, Status, record_solves, solve
+from pcdeq_zoo import (
+    ConvergenceError,
+    ConvergenceWarning,
+    PcDEQConv2d,
+    PcDEQLinear,
+    Solver,
+    Status,
+    record_solves,
+    solve,
+)
 
 
 def contraction(rate: Tensor, fixed_point: Tensor):
@@ -60,24 +71,6 @@ def test_acceleration_is_given_up_where_it_does_not_help():
     assert solution.converged.all()
     exact = torch.linalg.solve(torch.eye(2).double() - matrix, torch.ones(2).double())
     torch.testing.assert_close(solution.value, exact.expand(3, 2), rtol=1e-6, atol=0)
-
-
-def test_second_evaluation_may_be_computed_from_the_change():
-    last: list[Tensor] = []
-
-    def step(z: Tensor) -> Tensor:
-        last[:] = [z]
-        return 0.5 * z + 1
-
-    def again(change: Tensor) -> Tensor:
-        return step(last[0] + change)
-
-    start = torch.zeros(2, 3, dtype=torch.float64)
-    for accelerate in (False, True):
-        plain = solve(step, start, tol=1e-9, accelerate=accelerate)
-        cheap = solve(step, start, tol=1e-9, accelerate=accelerate, again=again)
-        torch.testing.assert_close(cheap.value, plain.value)
-        assert torch.equal(cheap.evaluations, plain.evaluations)
 
 
 def test_every_evaluation_counts_and_none_is_thrown_away():
@@ -141,24 +134,80 @@ def test_meta_tensors_give_shapes():
     assert solution.value.is_meta
 
 
+SETTINGS = [
+    ("tol", 0.0, ValueError, "tol must be above 0 and finite, got 0.0"),
+    ("tol", -1, ValueError, "tol must be above 0 and finite, got -1.0"),
+    ("tol", float("nan"), ValueError, "tol must be above 0 and finite, got nan"),
+    ("tol", float("inf"), ValueError, "tol must be above 0 and finite, got inf"),
+    ("tol", "1e-3", TypeError, "tol must be a number above 0, got '1e-3'"),
+    ("tol", None, TypeError, "tol must be a number above 0, got None"),
+    ("max_evals", 1, ValueError, "max_evals must be at least 2, got 1"),
+    ("max_evals", 2.9, TypeError, "max_evals must be an integer of at least 2, got 2.9"),
+    ("max_evals", True, TypeError, "max_evals must be an integer of at least 2, got True"),
+    ("stop", "Certified", ValueError, "stop must be one of certified, estimated, residual, got 'Certified'"),
+    ("on_failure", "error", ValueError, "on_failure must be one of raise, warn, ignore, got 'error'"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "error", "message"), SETTINGS)
+def test_settings_are_checked_whenever_they_are_set(name: str, value: object, error: type, message: str):
+    solver = Solver()
+    before = repr(solver)
+    for attempt in (lambda: Solver(**{name: value}), lambda: setattr(solver, name, value)):
+        with pytest.raises(error) as caught:
+            attempt()
+        assert str(caught.value) == message
+    assert repr(solver) == before
+
+
+@pytest.mark.parametrize("name", ["tolerance", "f_max_iter", "tols"])
+def test_there_are_no_other_settings(name: str):
+    with pytest.raises(AttributeError, match=f"has tol, max_evals, stop and on_failure, and no {name}"):
+        setattr(Solver(), name, 1)
+
+
+def test_settings_of_a_layer_and_of_a_model():
+    layer = PcDEQLinear(4)
+    for name in ("tol", "max_evals"):
+        with pytest.raises(AttributeError, match=f"say layer.solver.{name} = 5"):
+            setattr(layer, name, 5)
+    with pytest.raises(TypeError, match="solver must be a Solver or None, got 0"):
+        PcDEQLinear(4, solver=0)
+    model = timm.create_model("pcdeq1_mc_tanh_mnist", tol=1e-2)
+    assert all(layer.solver is model.solver for layer in model.modules() if isinstance(layer, PcDEQConv2d))
+    model.solver = Solver(tol=1e-4)
+    layers = [layer for layer in model.modules() if isinstance(layer, PcDEQConv2d)]
+    assert [layer.tol for layer in layers] == [1e-4] * 3
+    with pytest.raises(TypeError, match=r"solver must be a Solver, got 0\.1"):
+        model.solver = 0.1
+
+
+def in_place(z: Tensor) -> Tensor:
+    return z.mul_(0.5)
+
+
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("step", "start", "message"),
     [
-        ({"tol": 0.0}, "tol must be above 0, got 0"),
-        ({"tol": float("nan")}, "tol must be above 0, got nan"),
-        ({"max_evals": 1}, "max_evals must be at least 2, got 1"),
-        ({"stop": "soon"}, "stop must be one of certified, estimated, residual, got 'soon'"),
-        ({"on_failure": "shout"}, "on_failure must be one of raise, warn, ignore, got 'shout'"),
+        (lambda z: z, torch.zeros(3), r"start must be \(N, ...\) with at least one entry axis, .*got .* shape \(3,\)"),
+        (lambda z: z, torch.zeros(3, 2, dtype=torch.complex64), "floating point; got torch.complex64"),
+        (lambda z: z, torch.zeros(3, 2).long(), "floating point; got torch.int64"),
+        (lambda z: z, None, r"a step that is a function needs a start, shape \(N, ...\); got None"),
+        (lambda z: z[:, :1], torch.zeros(3, 2), r"must return torch.float32 of shape \(3, 2\).*got .* shape \(3, 1\)"),
+        (lambda z: z.double(), torch.zeros(3, 2), "must return torch.float32 of .*got torch.float64"),
+        (lambda z: None, torch.zeros(3, 2), "got NoneType"),
+        (in_place, torch.ones(3, 2), "step must return a new tensor, got one that changes what it is given in place"),
     ],
 )
-def test_bad_settings(settings: dict, message: str):
+def test_bad_steps_and_starts(step, start, message: str):
     with pytest.raises(ValueError, match=message):
-        Solver(**settings)
+        solve(step, start)
 
 
-def test_bad_start():
-    with pytest.raises(ValueError, match=r"start must be \(N, ...\) with at least one entry axis, got shape \(3,\)"):
-        solve(lambda z: z, torch.zeros(3))
+def test_the_map_of_a_layer_has_a_start():
+    step = PcDEQLinear(4, "tanh").fixed_point_map(torch.randn(2, 4))
+    with pytest.raises(ValueError, match="has a start of its own"):
+        solve(step, torch.zeros(2, 4))
 
 
 class TestFailure:
@@ -169,17 +218,18 @@ class TestFailure:
         net = nn.Sequential(PcDEQLinear(4, "tanh", solver), PcDEQLinear(4, "tanh", solver))
         with torch.no_grad():
             for layer in net:
-                layer.weight_g.fill_(1)
+                layer.magnitude.fill_(1)
         return net
 
-    def test_warns_once_per_model(self):
+    def test_warns_once_per_layer_and_direction(self):
         for _ in range(2):
             net = self.model("warn")
             with warnings.catch_warnings(record=True, category=ConvergenceWarning) as caught:
                 warnings.simplefilter("always")
                 for _ in range(3):
                     net(torch.randn(8, 4)).sum().backward()
-            assert len(caught) == 1
+            told = [str(warning.message).split(" solve of ")[0] for warning in caught]
+            assert told == ["forward", "forward", "backward", "backward"]
             assert "8 of 8 samples did not reach the tolerance" in str(caught[0].message)
 
     def test_raises(self):
@@ -192,7 +242,7 @@ class TestFailure:
     def test_raises_in_the_backward_pass(self):
         layer = PcDEQLinear(4, "tanh")
         with torch.no_grad():
-            layer.weight_g.fill_(1)
+            layer.magnitude.fill_(1)
         y = layer(torch.randn(8, 4))
         layer.solver.max_evals, layer.solver.tol, layer.solver.on_failure = 2, 1e-7, "raise"
         with pytest.raises(ConvergenceError, match="backward"):
@@ -257,6 +307,46 @@ class TestRecords:
         assert vars(layer) == before
 
 
+def test_a_thread_records_its_own_solves():
+    """Two threads with one model: each sees what it solved."""
+    layer = PcDEQLinear(4, "tanh")
+    both_record = threading.Barrier(2)
+    counts: dict[int, list[int]] = {}
+
+    def work(index: int) -> None:
+        with record_solves(layer) as solves:
+            both_record.wait()
+            for _ in range(index):
+                layer(torch.randn(index, 4)).sum().backward()
+            both_record.wait()
+        counts[index] = [len(solve.evaluations) for solve in solves]
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in (2, 3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert counts == {2: [2] * 4, 3: [3] * 6}
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_an_infinite_gradient_is_passed_on_and_is_no_failure(bad: float):
+    """As a GradScaler finds its scale; and a real failure after it is still told."""
+    layer = PcDEQLinear(4, "tanh", Solver(on_failure="raise"))
+    x = torch.randn(3, 4, requires_grad=True)
+    weights = torch.ones(3, 4)
+    weights[1, 2] = bad
+    (layer(x) * weights).sum().backward()
+    assert not x.grad[1].isfinite().all()
+    assert x.grad[[0, 2]].isfinite().all()
+    assert not layer.direction.grad.isfinite().all()
+    layer.set_weight(torch.full((4, 4), 1.0))
+    y = layer(x)
+    layer.solver.max_evals, layer.solver.tol = 2, 1e-7
+    with pytest.raises(ConvergenceError, match=r"backward solve of .*1 of 2 samples did not reach"):
+        (y * weights).sum().backward()
+
+
 @pytest.mark.parametrize("stop", ["estimated", "residual"])
 @pytest.mark.parametrize("scale", [1e-36, 1e-25, 1e-9, 1.0, 1e25])
 def test_every_stop_works_at_every_scale(stop: str, scale: float):
@@ -278,11 +368,3 @@ def test_changes_that_grow_at_first_do_not_end_the_acceleration():
     plain, accelerated = (solve(step, start, tol=1e-10, max_evals=2000, accelerate=a) for a in (False, True))
     torch.testing.assert_close(accelerated.value, plain.value)
     assert accelerated.evaluations < plain.evaluations
-
-
-def test_bad_limits_of_solve():
-    start = torch.zeros(1, 1)
-    with pytest.raises(ValueError, match="tol must be above 0, got -1"):
-        solve(lambda z: z, start, tol=-1)
-    with pytest.raises(ValueError, match="stop must be estimated or residual, got 'certified'"):
-        solve(lambda z: z, start, stop="certified")

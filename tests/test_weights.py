@@ -224,7 +224,7 @@ class TestForeignFiles:
     @pytest.mark.parametrize(("entry", "message"), [(-1.0, "1 entries of .* are below 0"), (math.nan, "holds NaN")])
     def test_entries_that_no_pcdeq_has(self, tmp_path, entry: float, message: str):
         state = timm.create_model(NAME).state_dict()
-        state["features.deq1.weight_v"][3, 4] = entry
+        state["features.deq1.direction"][3, 4] = entry
         save_file(state, tmp_path / "mine.safetensors")
         with pytest.raises(WeightsError, match=message):
             self.create(tmp_path / "mine.safetensors")
@@ -266,6 +266,21 @@ class TestForeignFiles:
         loaded = self.create(tmp_path / "mine.pth", "pcdeq1_mc_tanh_mnist").eval()
         assert torch.equal(loaded(x), model(x))
 
+    def test_files_of_the_old_names(self, tmp_path):
+        """As this package had them before it was published: through timm and through load_state_dict."""
+        model = timm.create_model(NAME, pretrained=True).eval()
+        old = {
+            key.replace("magnitude", "weight_g").replace("direction", "weight_v"): tensor
+            for key, tensor in model.state_dict().items()
+        }
+        assert sum(".weight_" in key for key in old) == 2
+        save_file(old, tmp_path / "old.safetensors")
+        x = torch.rand(2, *VARIANTS[NAME].dataset.input_size)
+        assert torch.equal(self.create(tmp_path / "old.safetensors", NAME).eval()(x), model(x))
+        other = timm.create_model(NAME).eval()
+        other.load_state_dict(old)
+        assert torch.equal(other(x), model(x))
+
     @pytest.mark.parametrize("name", ["pcdeq1_l_tanh_mnist", "pcdeq2_sc_sigmoid_mnist", "pcdeq1_mc_relu6_cifar"])
     def test_authors_state_dict(self, tmp_path, name: str):
         """Their names and shapes, as `torch.save(model.state_dict())` of their code leaves them."""
@@ -288,6 +303,7 @@ class TestForeignFiles:
                 "deq": f"block{'' if single else stage}.deq.f.W",
                 "head.fc": "classifier",
             }[kind]
+            leaf = {"magnitude": "weight_g", "direction": "weight_v"}.get(leaf, leaf)
             theirs[f"{renamed}.{leaf}"] = tensor
         torch.save(theirs, tmp_path / "theirs.pth")
         loaded = self.create(tmp_path / "theirs.pth", name).eval()

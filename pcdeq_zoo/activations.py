@@ -1,0 +1,106 @@
+"""The activations σ of pcDEQ layers, and what a solve, its gradient and its certificate need to know of each.
+
+To add one, add a record to `ACTIVATIONS`: nondecreasing, bounded and concave on the nonnegative numbers, σ(0) ≥ 0
+(Definition 4.3 and Remark 4.1 of https://arxiv.org/abs/2402.04029). Nothing else in the package asks which one it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["ACTIVATIONS", "Activation"]
+
+# softplus(u, β = 5) is exactly 0 in float32 below u ≈ -20; then x ≫ 0 fails, and with it uniqueness (σ = ReLU6, w = 2
+# has the equilibria 0 and 6). The floor restores it. It is below half an ulp of any other summand, and 1 / 1e-30 is
+# finite.
+INPUT_FLOOR = 1e-30
+
+
+class Activation(NamedTuple):
+    """One activation.
+
+    Attributes:
+        pcdeq: 1 or 2, the paper's list. pcDEQ-1 vanishes at 0 and needs x ≫ 0, which softplus with β = 5 gives; pcDEQ-2
+            does not and needs x ≥ 0, which ReLU gives.
+        supremum: sup σ.
+        evaluate: σ of nonnegative arguments p, into the second tensor if one is given (which may be p itself).
+        derivative: σ′(p). Of the argument: as a function of σ(p) it loses its digits where σ saturates.
+        derivative_of_output: σ′(p) as a function of σ(p) where that is as good; it saves the gradient a product with W.
+        ulps: Rounding errors of one evaluation beside those of W z, in units of the last place: the input map's
+            exponential (raised to the fifth power) and logarithm, the addition and σ.
+        module: σ as a module that TorchScript and the exporters take.
+    """
+
+    pcdeq: Literal[1, 2]
+    supremum: float
+    evaluate: Callable[[Tensor, Tensor | None], Tensor]
+    derivative: Callable[[Tensor], Tensor]
+    module: Callable[[], nn.Module]
+    derivative_of_output: Callable[[Tensor], Tensor] | None = None
+    ulps: float = 40
+
+    def input_map(self, u: Tensor) -> Tensor:
+        """x ≥ 0 of any real u: softplus with β = 5, floored, or ReLU."""
+        if self.pcdeq == 2:
+            return F.relu(u)
+        # log1p(e) = log(w) + (e − (w − 1)) / w with w = 1 + e as rounded, exact to an ulp or two, as w − 1 is. Several
+        # times faster than log1p itself, which PyTorch does not vectorise well on CPUs.
+        q = u.abs().neg_().exp_()
+        e = (q * q).square_().mul_(q)  # exp(−5 |u|); 5 |u| would be rounded, which exp makes up to 70 times as large
+        w = e + 1
+        log1p = torch.addcdiv(w.log(), e.sub_(w - 1), w)
+        return F.relu(u).add_(log1p, alpha=0.2).clamp_(min=INPUT_FLOOR)
+
+    def input_derivative(self, u: Tensor) -> Tensor:
+        """∂x/∂u."""
+        return torch.sigmoid(5 * u) if self.pcdeq == 1 else (u > 0).to(u.dtype)
+
+
+def _relu6_derivative(p: Tensor) -> Tensor:
+    return ((p > 0) & (p < 6)).to(p.dtype)
+
+
+def _sigmoid_derivative(p: Tensor) -> Tensor:
+    return torch.sigmoid(p).mul_(torch.sigmoid(-p))  # 1 − σ(p) would have no digits where σ(p) is next to 1
+
+
+def _tanh_derivative(p: Tensor) -> Tensor:
+    return torch.cosh(p).square_().reciprocal_()  # as 1 − tanh²(p)
+
+
+ACTIVATIONS = {
+    "relu6": Activation(
+        pcdeq=1,
+        supremum=6.0,
+        evaluate=lambda p, out: torch.clamp(p, max=6, out=out),
+        derivative=_relu6_derivative,
+        derivative_of_output=_relu6_derivative,
+        module=nn.ReLU6,
+    ),
+    "tanh": Activation(
+        pcdeq=1,
+        supremum=1.0,
+        evaluate=lambda p, out: torch.tanh(p, out=out),
+        derivative=_tanh_derivative,
+        module=nn.Tanh,
+    ),
+    "softsign": Activation(
+        pcdeq=1,
+        supremum=1.0,
+        evaluate=lambda p, out: torch.div(p, p + 1, out=out),
+        derivative=lambda p: (p + 1).square_().reciprocal_(),
+        module=nn.Softsign,
+    ),
+    "sigmoid": Activation(
+        pcdeq=2,
+        supremum=1.0,
+        evaluate=lambda p, out: torch.sigmoid(p, out=out),
+        derivative=_sigmoid_derivative,
+        module=nn.Sigmoid,
+    ),
+}

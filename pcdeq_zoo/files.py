@@ -1,0 +1,56 @@
+"""Files that are either whole or not there, and the bytes of weights."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import safetensors.torch
+from torch import Tensor
+
+__all__ = ["replace_file", "sync_folder", "weights_bytes"]
+
+
+def replace_file(path: Path, content: bytes | str) -> None:
+    """Write a file, text as UTF-8, so that the path holds the old content or the whole of the new one at any time.
+
+    It is written under a name that nobody can guess or plant a link at, synced to disk, and renamed.
+    """
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(descriptor)
+        os.chmod(temporary, 0o644)  # mkstemp's can be read by their owner only
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Sync to disk what a folder is said to hold."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def weights_bytes(state_dict: dict[str, Tensor], architecture: str) -> bytes:
+    """A safetensors file of a state dict; the same bytes, and so the same sha256, for the same numbers.
+
+    safetensors writes its metadata in random order (0.7), so the header is written again, sorted.
+    """
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in state_dict.items()}
+    content = safetensors.torch.save(tensors, metadata={"format": "pt", "architecture": architecture})
+    length = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # the tensors stay aligned
+    return len(header).to_bytes(8, "little") + header + content[8 + length :]

@@ -1,0 +1,36 @@
+"""What autograd functions of samples have in common under torch.func: vmap is a larger batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["folded", "refuse_legacy_vmap", "transformed"]
+
+
+def transformed() -> bool:
+    """True inside torch.func's grad, vmap and the like."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def folded(tensors: Sequence[Tensor], in_dims: Sequence[int | None], count: int) -> list[Tensor]:
+    """Tensors (N, ...) of which vmap has `count`, at the dimension `in_dims` or all the same, as (count · N, ...)."""
+    stacked = [
+        tensor.movedim(dim, 0) if dim is not None else tensor.expand(count, *tensor.shape)
+        for tensor, dim in zip(tensors, in_dims, strict=True)
+    ]
+    return [tensor.flatten(0, 1) for tensor in stacked]
+
+
+def refuse_legacy_vmap(grad: Tensor) -> None:
+    """Raise one line where a gradient comes from the vmap that autograd has besides torch.func's.
+
+    It calls a function's backward, but has no place for how that is to be vectorised.
+    """
+    if torch._C._functorch.is_legacy_batchedtensor(grad):
+        raise NotImplementedError(
+            "autograd's own vectorisation (is_grads_batched, jacobian(vectorize=True)) cannot vectorise a solve; use "
+            "torch.func.jacrev, jacfwd or vmap, which can"
+        )

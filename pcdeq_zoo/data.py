@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -43,6 +43,7 @@ class Dataset:
         classes: Names of the labels 0 to 9.
         sizes: Images per split.
         terms: Under what terms the images may be used, and whose they are.
+        read_torchvision: Images (N, C, H, W) and labels of a split, from a folder in torchvision's layout.
     """
 
     name: str
@@ -56,6 +57,28 @@ class Dataset:
     classes: tuple[str, ...]
     sizes: dict[Split, int]
     terms: str
+    read_torchvision: Callable[[str, Split], tuple[np.ndarray, list[int]]]
+
+
+def _read_mnist(folder: str, split: Split) -> tuple[np.ndarray, list[int]]:
+    from torchvision.datasets import MNIST
+
+    data = MNIST(folder, train=split == "train")
+    return data.data.numpy()[:, None], data.targets.tolist()
+
+
+def _read_svhn(folder: str, split: Split) -> tuple[np.ndarray, list[int]]:
+    from torchvision.datasets import SVHN
+
+    data = SVHN(folder, split=split)
+    return data.data, data.labels.tolist()
+
+
+def _read_cifar(folder: str, split: Split) -> tuple[np.ndarray, list[int]]:
+    from torchvision.datasets import CIFAR10
+
+    data = CIFAR10(folder, train=split == "train")
+    return data.data.transpose(0, 3, 1, 2), data.targets
 
 
 _DIGITS = tuple("0123456789")
@@ -73,6 +96,7 @@ DATASETS = {
         classes=_DIGITS,
         sizes={"train": 60_000, "test": 10_000},
         terms="LeCun, Cortes and Burges; CC BY-SA 3.0",
+        read_torchvision=_read_mnist,
     ),
     "svhn": Dataset(
         name="svhn",
@@ -86,6 +110,7 @@ DATASETS = {
         classes=_DIGITS,
         sizes={"train": 73_257, "test": 26_032},
         terms="Netzer et al., 2011; for non-commercial use only",
+        read_torchvision=_read_svhn,
     ),
     "cifar": Dataset(
         name="cifar",
@@ -99,12 +124,19 @@ DATASETS = {
         classes=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
         sizes={"train": 50_000, "test": 10_000},
         terms="Krizhevsky, 2009; its authors state no licence",
+        read_torchvision=_read_cifar,
     ),
 }
 
 
 def normalize(images: Tensor, dataset: Dataset) -> Tensor:
-    """Turn uint8 images (N, C, H, W) into what the models take: float32, scaled to [0, 1], mean and std per channel."""
+    """Turn uint8 images (N, C, H, W) into what the models take: float32, scaled to [0, 1], mean and std per channel.
+
+    Raises:
+        ValueError: Images of another number of channels.
+    """
+    if images.ndim != 4 or images.shape[1] != len(dataset.mean):
+        raise ValueError(f"{dataset.title} images are (N, {len(dataset.mean)}, H, W), got {tuple(images.shape)}")
     mean, std = (torch.tensor(v, device=images.device).view(-1, 1, 1) for v in (dataset.mean, dataset.std))
     return images.float().div(255).sub(mean).div(std)
 
@@ -212,19 +244,8 @@ def _decode(dataset: Dataset, file: Path, data: bytes) -> np.ndarray:
 
 
 def _read_torchvision(dataset: Dataset, split: Split, folder: Path) -> tuple[Tensor, Tensor]:
-    from torchvision import datasets
-
-    train = split == "train"
     try:
-        if dataset.name == "mnist":
-            mnist = datasets.MNIST(str(folder), train=train)
-            images, labels = mnist.data.numpy()[:, None], mnist.targets.tolist()
-        elif dataset.name == "svhn":
-            svhn = datasets.SVHN(str(folder), split=split)
-            images, labels = svhn.data, svhn.labels.tolist()
-        else:
-            cifar = datasets.CIFAR10(str(folder), train=train)
-            images, labels = cifar.data.transpose(0, 3, 1, 2), cifar.targets
+        images, labels = dataset.read_torchvision(str(folder), split)
     except (RuntimeError, ImportError) as error:
         raise DataError(
             f"{folder} holds neither {split}-*.parquet nor {dataset.title} in torchvision's layout ({error})"

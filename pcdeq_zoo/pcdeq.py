@@ -419,11 +419,14 @@ def _cfg(variant: Variant, checkpoint: str | None) -> dict[str, Any]:
 
 def _default_cfgs() -> dict[str, dict[str, Any]]:
     """A config for each checkpoint in the package, and one without weights for each model that has none."""
-    checkpoints: dict[str, str | None] = {model: model for model in results()}
-    trained = {model.split(".")[0] for model in checkpoints}
-    default = {name: next(iter(variant.recipes)) for name, variant in VARIANTS.items()}
-    checkpoints |= {f"{name}.{tag}": None for name, tag in default.items() if name not in trained}
-    return {model: _cfg(VARIANTS[model.split(".")[0]], checkpoint) for model, checkpoint in checkpoints.items()}
+    trained = results()
+    cfgs = {}
+    for variant in VARIANTS.values():
+        tags = [tag for tag in variant.recipes if f"{variant.name}.{tag}" in trained] or [variant.default_recipe]
+        for tag in sorted(tags, key=lambda tag: tag != variant.default_recipe):  # timm's default is the first
+            model = f"{variant.name}.{tag}"
+            cfgs[model] = _cfg(variant, model if model in trained else None)
+    return cfgs
 
 
 default_cfgs = generate_default_cfgs({**_default_cfgs()})

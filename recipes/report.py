@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import timm
 from ship import RUNS, recorded
 
 from pcdeq_zoo import VARIANTS
@@ -65,12 +66,11 @@ import tables as benchmark  # noqa: E402
 
 def models() -> str:
     """All models: parameters, and test accuracy in the paper and of the default checkpoint."""
-    rows: dict[str, dict[str, str]] = {}
-    for name, row in results().items():
-        rows.setdefault(name.split(".")[0], row)  # a model's default tag comes first
+    rows = results()
     lines = ["| Model | Data | Parameters | Paper, % | Checkpoint, % |", "|---|---|--:|--:|--:|"]
     for variant in VARIANTS.values():
-        ours = f"{float(rows[variant.name]['top1']):.2f}" if variant.name in rows else "–"
+        row = rows.get(f"{variant.name}.{timm.get_pretrained_cfg(variant.name).tag}")
+        ours = f"{float(row['top1']):.2f}" if row else "–"
         cells = f"`{variant.name}`", variant.dataset.title, f"{variant.parameters:,}", f"{variant.paper_accuracy}", ours
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

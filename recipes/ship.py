@@ -91,9 +91,9 @@ def _write_rows(path: Path, rows: dict[tuple[str, int], dict[str, str]]) -> None
     """Write rows in the order of the zoo; of one model, its default tag first."""
     models = list(VARIANTS)
 
-    def place(key: tuple[str, int]) -> tuple[int, int, int]:
+    def place(key: tuple[str, int]) -> tuple[int, bool, int]:
         model, tag = key[0].split(".")
-        return models.index(model), list(VARIANTS[model].recipes).index(tag), key[1]
+        return models.index(model), tag != VARIANTS[model].default_recipe, key[1]
 
     write_rows(path, [rows[key] for key in sorted(rows, key=place)])
 

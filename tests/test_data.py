@@ -172,3 +172,9 @@ class TestWrong:
         last = done.stderr.strip().splitlines()[-1]
         assert "DataError: could not get CIFAR-10 (uoft-cs/cifar10) from the Hugging Face Hub" in last
         assert f"set {DATA_ROOT_VARIABLE} to the parent of cifar10/" in last
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 32, 32), (2, 32, 32), (2, 32, 32, 3)])
+def test_other_channels_are_not_broadcast(shape: tuple[int, ...]):
+    with pytest.raises(ValueError, match=r"CIFAR-10 images are \(N, 3, H, W\), got "):
+        normalize(torch.zeros(shape, dtype=torch.uint8), DATASETS["cifar"])

@@ -79,7 +79,7 @@ def test_shapes_parameters_and_config(name: str):
     assert cfg["input_size"] == variant.dataset.input_size
     assert cfg["label_names"] == variant.dataset.classes
     assert (cfg["mean"], cfg["std"]) == (variant.dataset.mean, variant.dataset.std)
-    assert cfg["tag"] == next(iter(variant.recipes))
+    assert cfg["tag"] == variant.default_recipe
     assert (model.num_classes, model.in_chans, model.drop_rate) == (10, variant.dataset.input_size[0], 0.0)
     state = model.state_dict()
     assert cfg["classifier"] + ".weight" in state

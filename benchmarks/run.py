@@ -3,7 +3,7 @@
     make benchmark                               sets up, then every net and measure: about forty minutes on 2 cores
     python benchmarks/run.py --nets pcdeq1_mc_relu6_cifar --rounds 5
 
-Prints tables and, for all nets, writes benchmarks/results.json; `python recipes/report.py` then brings the documents
+Prints tables and, for all nets, writes benchmarks/results.json; `python -m tools.report` then brings the documents
 up to date.
 
 All contenders solve the same network with the same trained weights, one after the other in every round, so that a
@@ -42,7 +42,7 @@ from tqdm import tqdm
 from pcdeq_zoo import VARIANTS, PcDEQ, PcDEQConv2d, PcDEQLinear, enclosure, project, record_solves
 from pcdeq_zoo.data import load, normalize
 from pcdeq_zoo.files import replace_file
-from pcdeq_zoo.weights import results
+from pcdeq_zoo.weights import checkpoints
 
 ROOT = Path(__file__).parents[1]
 
@@ -74,7 +74,7 @@ GRADIENTS = 3
 
 def trained(name: str, data: str | None) -> PcDEQ:
     """The zoo's checkpoint, or one of 400 training steps."""
-    if any(checkpoint.split(".")[0] == name for checkpoint in results()):
+    if any(checkpoint.variant.name == name for checkpoint in checkpoints().values()):
         return timm.create_model(name, pretrained=True)
     run = ROOT / "runs" / "benchmark" / name
     if not (run / "model.safetensors").is_file():
@@ -82,7 +82,7 @@ def trained(name: str, data: str | None) -> PcDEQ:
         images = TRAINING_STEPS * VARIANTS[name].recipes["paper"].batch_size
         command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
         command += ["--mixed_precision=no", "--dynamo_backend=no", str(ROOT / "recipes" / "train.py"), "--model", name]
-        command += ["--epochs=1", f"--limit-train={images}", "--output", str(run)]
+        command += ["--recipe=paper", "--epochs=1", f"--limit-train={images}", "--output", str(run)]
         subprocess.run([*command, *(["--data", data] if data else [])], check=True, stdout=subprocess.DEVNULL)
     return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(run / "model.safetensors")})
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from pcdeq_zoo import __version__
-from pcdeq_zoo.variants import VARIANTS, Recipe, Variant
-from pcdeq_zoo.weights import CHECKPOINTS, results
+from pcdeq_zoo.activations import ACTIVATIONS
+from pcdeq_zoo.variants import Recipe
+from pcdeq_zoo.weights import Checkpoint
 
 __all__ = ["model_card"]
 
@@ -125,13 +125,14 @@ anything else. Robustness to perturbations and shifts of the data was not measur
 """
 
 
-def _evaluation(variant: Variant, row: dict[str, str], repository: str, tag: str) -> list[EvalResult]:
+def _evaluation(checkpoint: Checkpoint, repository: str, tag: str) -> list[EvalResult]:
+    dataset, row = checkpoint.variant.dataset, checkpoint.row
     shared: dict[str, Any] = {
         "task_type": "image-classification",
         "task_name": "Image Classification",
-        "dataset_type": variant.dataset.hub_id,
-        "dataset_name": variant.dataset.title,
-        "dataset_config": variant.dataset.hub_config,
+        "dataset_type": dataset.hub_id,
+        "dataset_name": dataset.title,
+        "dataset_config": dataset.hub_config,
         "dataset_split": "test",
         "source_name": f"pcdeq_zoo {__version__}, results.csv",
         "source_url": f"https://huggingface.co/{repository}/blob/{tag}/results.csv",
@@ -139,7 +140,7 @@ def _evaluation(variant: Variant, row: dict[str, str], repository: str, tag: str
     accuracy = f"Top-1 (float32, certified solves, n={row['n']})"
     return [
         EvalResult(
-            metric_type="accuracy", metric_value=round(float(row["top1"]) / 100, 6), metric_name=accuracy, **shared
+            metric_type="accuracy", metric_value=round(checkpoint.top1 / 100, 6), metric_name=accuracy, **shared
         ),
         EvalResult(metric_type="loss", metric_value=float(row["nll"]), metric_name="Cross-entropy, nats", **shared),
     ]
@@ -154,14 +155,10 @@ def _schedule(recipe: Recipe, epochs: int) -> str:
     return f"one cycle of {epochs} epochs with its peak of {recipe.lr:g} at {recipe.warmup:.0%}{average}"
 
 
-def model_card(checkpoint: str, repository: str, tag: str) -> ModelCard:
-    """Card of a "model.tag" that ships, for a Hub repository and its tag; the same text for the same package."""
-    row = results()[checkpoint]
-    name = checkpoint.split(".")[0]
-    variant = VARIANTS[name]
-    tag_of_recipe = checkpoint.split(".")[1]
-    dataset, recipe = variant.dataset, variant.recipes[tag_of_recipe]
-    log = [json.loads(line) for line in (CHECKPOINTS / f"{checkpoint}.jsonl").read_text("utf-8").splitlines()]
+def model_card(checkpoint: Checkpoint, repository: str, tag: str) -> ModelCard:
+    """Card of a checkpoint that ships, for a Hub repository and its tag; the same text for the same package."""
+    variant, row, log = checkpoint.variant, checkpoint.row, checkpoint.read_log()
+    dataset, recipe = variant.dataset, variant.recipes[checkpoint.tag]
     unconverged = sum(line["unconverged"] for line in log)
     metadata = ModelCardData(
         license="apache-2.0",
@@ -170,26 +167,26 @@ def model_card(checkpoint: str, repository: str, tag: str) -> ModelCard:
         tags=["image-classification", "timm", "pcdeq", "deep-equilibrium-models"],
         datasets=[dataset.hub_id],
         metrics=["accuracy"],
-        model_name=checkpoint,
-        eval_results=_evaluation(variant, row, repository, tag),
+        model_name=checkpoint.name,
+        eval_results=_evaluation(checkpoint, repository, tag),
     )
     body = _BODY.format(
-        checkpoint=checkpoint,
-        name=name,
+        checkpoint=checkpoint.name,
+        name=variant.name,
         repository=f"{repository}@{tag}",
         paper_name=variant.paper_name,
         data=dataset.title,
         n=f"{int(row['n']):,}",
-        top1=float(row["top1"]),
+        top1=checkpoint.top1,
         top5=float(row["top5"]),
         nll=row["nll"],
         ece=row["ece"],
         paper_top1=row["paper_top1"],
-        seed=row["seed"],
+        seed=checkpoint.seed,
         remark=_REMARKS.get(dataset.name, ""),
         structure=_STRUCTURES[variant.structure].format(", ".join(map(str, variant.channels))),
         activation=variant.activation,
-        kind=name[len("pcdeq")],
+        kind=ACTIVATIONS[variant.activation].pcdeq,
         parameters=variant.parameters,
         bytes=int(row["bytes"]),
         inputs=_INPUTS[dataset.name],
@@ -205,7 +202,7 @@ def model_card(checkpoint: str, repository: str, tag: str) -> ModelCard:
         train_size=dataset.sizes["train"],
         terms=dataset.terms,
         augmentation=", random crops and horizontal flips" if recipe.augmentation else ", no augmentation",
-        recipe="the paper's (Tables 5–7)" if tag_of_recipe == "paper" else "the zoo's own",
+        recipe="the paper's (Tables 5–7)" if checkpoint.tag == "paper" else "the zoo's own",
         smoothing=f" with label smoothing {recipe.label_smoothing:g}" if recipe.label_smoothing else "",
         schedule=_schedule(recipe, int(row["epochs"])),
         criterion=f"{_CRITERIA[recipe.stop]} of {recipe.tol:g}",

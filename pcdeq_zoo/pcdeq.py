@@ -36,7 +36,7 @@ from pcdeq_zoo.solution import OnFailure
 from pcdeq_zoo.solver import Solver, Stop
 from pcdeq_zoo.transforms import transformed
 from pcdeq_zoo.variants import VARIANTS, Variant
-from pcdeq_zoo.weights import CHECKPOINTS, WeightsError, hub_id, local_file, results
+from pcdeq_zoo.weights import Checkpoint, WeightsError, checkpoints, verified_file
 
 __all__ = ["PcDEQ"]
 
@@ -391,12 +391,12 @@ def _translate(name: str) -> str:
     return name
 
 
-def _cfg(variant: Variant, checkpoint: str | None) -> dict[str, Any]:
+def _cfg(variant: Variant, checkpoint: Checkpoint | None) -> dict[str, Any]:
     channels, height, width = variant.dataset.input_size
     pool_size = {"l": (1, 1), "sc": (height, width), "mc": (height // 4 - 1, width // 4 - 1)}[variant.structure]
     return {
-        "file": checkpoint and str(CHECKPOINTS / f"{checkpoint}.safetensors"),
-        "hf_hub_id": checkpoint and hub_id(checkpoint),
+        "file": checkpoint and str(checkpoint.file),
+        "hf_hub_id": checkpoint and checkpoint.hub_id,
         "hf_hub_filename": checkpoint and "model.safetensors",
         "input_size": (channels, height, width),
         "fixed_input_size": True,
@@ -417,26 +417,28 @@ def _cfg(variant: Variant, checkpoint: str | None) -> dict[str, Any]:
     }
 
 
-def _default_cfgs() -> dict[str, dict[str, Any]]:
+def _default_cfgs() -> dict[str, Any]:
     """A config for each checkpoint in the package, and one without weights for each model that has none."""
-    trained = results()
-    cfgs = {}
+    shipped = checkpoints().values()
+    cfgs = {
+        checkpoint.name: _cfg(checkpoint.variant, checkpoint)
+        # timm's default is the first of a model.
+        for checkpoint in sorted(shipped, key=lambda it: it.tag != it.variant.default_recipe)
+    }
     for variant in VARIANTS.values():
-        tags = [tag for tag in variant.recipes if f"{variant.name}.{tag}" in trained] or [variant.default_recipe]
-        for tag in sorted(tags, key=lambda tag: tag != variant.default_recipe):  # timm's default is the first
-            model = f"{variant.name}.{tag}"
-            cfgs[model] = _cfg(variant, model if model in trained else None)
+        if not any(checkpoint.variant is variant for checkpoint in shipped):
+            cfgs[f"{variant.name}.{variant.default_recipe}"] = _cfg(variant, None)
     return cfgs
 
 
-default_cfgs = generate_default_cfgs({**_default_cfgs()})
+default_cfgs = generate_default_cfgs(_default_cfgs())
 
 
 def _create_pcdeq(variant: Variant, pretrained: bool = False, **kwargs: Any) -> PcDEQ:
     if pretrained:
         overlay = kwargs.get("pretrained_cfg_overlay")
         cfg = resolve_pretrained_cfg(variant.name, kwargs.get("pretrained_cfg"), overlay)
-        if file := local_file(cfg, kwargs.get("cache_dir")):
+        if file := verified_file(cfg, kwargs.get("cache_dir")):
             # timm then loads this file, which was verified, wherever it came from, and nothing else.
             verified = {"file": str(file), "source": None, "state_dict": None, "custom_load": False}
             kwargs["pretrained_cfg_overlay"] = {**(overlay or {}), **verified}

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import pcdeq_zoo
 from pcdeq_zoo.cards import model_card
-from pcdeq_zoo.weights import CHECKPOINTS, WeightsError, hub_digest, results, sha256, write_rows
+from pcdeq_zoo.weights import Checkpoint, WeightsError, checkpoints, hub_digest, sha256, write_rows
 
 __all__ = ["PublishError", "main", "publish", "write_folder"]
 
@@ -43,20 +43,18 @@ class PublishError(RuntimeError):
     """A checkpoint that could not be published; the message says why, and what to do."""
 
 
-def write_folder(checkpoint: str, repository: str, tag: str, folder: Path) -> None:
-    """Write what the Hub repository of a "model.tag" holds at `tag` into an empty folder.
+def write_folder(checkpoint: Checkpoint, repository: str, tag: str, folder: Path) -> None:
+    """Write what the Hub repository of a checkpoint that ships holds at `tag` into an empty folder.
 
     Raises:
         PublishError: The packaged file is not the one that its results row was measured on.
     """
-    row = results()[checkpoint]
-    weights = CHECKPOINTS / f"{checkpoint}.safetensors"
-    if not weights.is_file() or sha256(weights) != row["sha256"]:
-        raise PublishError(f"{weights} is missing or not the file of its results row; install pcdeq_zoo again")
-    shutil.copyfile(weights, folder / "model.safetensors")
-    shutil.copyfile(CHECKPOINTS / f"{checkpoint}.jsonl", folder / "log.jsonl")
-    write_rows(folder / "results.csv", [row])
-    save_config_for_hf(timm.create_model(checkpoint), str(folder / "config.json"))
+    if not checkpoint.file.is_file() or sha256(checkpoint.file) != checkpoint.row["sha256"]:
+        raise PublishError(f"{checkpoint.file} is missing or not the file of its results row; install pcdeq_zoo again")
+    shutil.copyfile(checkpoint.file, folder / "model.safetensors")
+    shutil.copyfile(checkpoint.log, folder / "log.jsonl")
+    write_rows(folder / "results.csv", [checkpoint.row])
+    save_config_for_hf(timm.create_model(checkpoint.name), str(folder / "config.json"))
     model_card(checkpoint, repository, tag).save(folder / "README.md")
 
 
@@ -122,13 +120,14 @@ def publish(namespace: str, only: str = "*", tag: str = f"v{pcdeq_zoo.__version_
         HFValidationError: `namespace` cannot be one.
         HTTPError, OSError: The Hub refused a request, or could not be reached.
     """
-    chosen = fnmatch.filter(results(), only)
+    shipped = checkpoints()
+    chosen = [shipped[name] for name in fnmatch.filter(shipped, only)]
     if not chosen:
-        raise PublishError(f"no checkpoint matches {only!r}; there are {', '.join(results()) or 'none'}")
+        raise PublishError(f"no checkpoint matches {only!r}; there are {', '.join(shipped) or 'none'}")
     if "/" in namespace:
         raise PublishError(f"a namespace is the name of a user or an organisation, got {namespace!r}")
     for checkpoint in chosen:
-        validate_repo_id(f"{namespace}/{checkpoint}")
+        validate_repo_id(f"{namespace}/{checkpoint.name}")
     if tag == "main" or not re.fullmatch(r"[\w.-]+", tag):
         raise PublishError(f"a tag is letters, digits, '.', '-' and '_', and not 'main'; got {tag!r}")
     api = HfApi(library_name="pcdeq_zoo", library_version=pcdeq_zoo.__version__)
@@ -142,7 +141,7 @@ def publish(namespace: str, only: str = "*", tag: str = f"v{pcdeq_zoo.__version_
         disable_progress_bars()  # one bar is enough
     for checkpoint in tqdm(chosen, desc="publish", unit="model", disable=dry_run):
         with tempfile.TemporaryDirectory() as temporary:
-            folder, repository = Path(temporary), f"{namespace}/{checkpoint}"
+            folder, repository = Path(temporary), f"{namespace}/{checkpoint.name}"
             write_folder(checkpoint, repository, tag, folder)
             if dry_run:
                 print(f"{repository}, tag {tag}:")

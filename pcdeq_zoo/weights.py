@@ -6,7 +6,7 @@ sha256 of its safetensors file. The pretrained configs, the model cards, the tab
 `pretrained=True` takes the file in this package. With `PCDEQ_ZOO_WEIGHTS=hub` in the environment it takes the same file
 from the Hugging Face Hub; `hf-hub:NAMESPACE/NAME[@REVISION]` for a name takes any repository of this architecture.
 Neither huggingface_hub nor timm compares what it downloads, or finds in its cache, with the sha256 that the Hub states:
-a flipped bit loads without a word (huggingface_hub 2.4, timm 1.0.31). `local_file` does.
+a flipped bit loads without a word (huggingface_hub 2.4, timm 1.0.31). `verified_file` does.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import json
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +28,19 @@ from timm.models import PretrainedCfg, load_state_dict
 
 from pcdeq_zoo._version import __version__
 from pcdeq_zoo.files import replace_file
+from pcdeq_zoo.variants import VARIANTS, Variant
 
 __all__ = [
     "CHECKPOINTS",
     "NAMESPACE",
     "RESULT_COLUMNS",
+    "Checkpoint",
     "WeightsError",
+    "checkpoints",
     "hub_digest",
-    "hub_id",
-    "local_file",
-    "results",
+    "read_rows",
     "sha256",
+    "verified_file",
     "write_rows",
 ]
 
@@ -80,10 +84,71 @@ class WeightsError(RuntimeError):
     """Weights that are missing, damaged, or of another model; the message names the file and says what to do."""
 
 
-def results() -> dict[str, dict[str, str]]:
-    """The rows of `checkpoints/results.csv` by "model.tag", in the file's order; a model's first is its default."""
-    with (CHECKPOINTS / "results.csv").open(newline="", encoding="utf-8") as file:
-        return {row["model"]: row for row in csv.DictReader(file)}
+@dataclass(frozen=True)
+class Checkpoint:
+    """A trained network and what was measured of it.
+
+    Attributes:
+        variant: The network.
+        tag: The recipe that trained it.
+        row: What was measured, by the columns `RESULT_COLUMNS`, as the CSV file has it.
+    """
+
+    variant: Variant
+    tag: str
+    row: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        """Name for `timm.create_model`, e.g. "pcdeq1_l_tanh_mnist.paper"."""
+        return f"{self.variant.name}.{self.tag}"
+
+    @property
+    def seed(self) -> int:
+        """Seed of the training; those of seed 0 ship."""
+        return int(self.row["seed"])
+
+    @property
+    def top1(self) -> float:
+        """Test accuracy in percent."""
+        return float(self.row["top1"])
+
+    @property
+    def file(self) -> Path:
+        """Its weights in this package."""
+        return CHECKPOINTS / f"{self.name}.safetensors"
+
+    @property
+    def log(self) -> Path:
+        """Its training log in this package, a JSON object per epoch."""
+        return CHECKPOINTS / f"{self.name}.jsonl"
+
+    @property
+    def hub_id(self) -> str:
+        """Its repository and revision on the Hub."""
+        return f"{NAMESPACE}/{self.name}@v{__version__}"
+
+    @property
+    def content(self) -> str:
+        """Size and sha256 of the weights that were measured, as `_content` gives them of a file."""
+        return f"{self.row['bytes']} bytes with sha256 {self.row['sha256']}"
+
+    def read_log(self) -> list[dict[str, Any]]:
+        """The lines of its training log."""
+        return [json.loads(line) for line in self.log.read_text("utf-8").splitlines()]
+
+
+def checkpoints() -> dict[str, Checkpoint]:
+    """The checkpoints that ship, by name, in the order of the zoo; of a network, its default first."""
+    return {checkpoint.name: checkpoint for checkpoint in read_rows(CHECKPOINTS / "results.csv")}
+
+
+def read_rows(path: Path) -> list[Checkpoint]:
+    """Read a CSV file of trained networks."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    names = [row["model"].partition(".") for row in rows]
+    return [Checkpoint(VARIANTS[name], tag, row) for (name, _, tag), row in zip(names, rows, strict=True)]
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -101,11 +166,6 @@ def sha256(path: Path) -> str:
         return hashlib.sha256(file.read()).hexdigest()
 
 
-def hub_id(checkpoint: str) -> str:
-    """Repository and revision on the Hub of a "model.tag" that ships with this version."""
-    return f"{NAMESPACE}/{checkpoint}@v{__version__}"
-
-
 def hub_digest(content: bytes, like: str) -> str:
     """Digest of a file's content as the Hub states it: sha256, or git's blob id where `like` is one (40 digits)."""
     if len(like) == 40:
@@ -113,7 +173,26 @@ def hub_digest(content: bytes, like: str) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def local_file(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> Path | None:
+@dataclass(frozen=True)
+class _Source:
+    """Where the weights of a pretrained config are, and what they must be.
+
+    Attributes:
+        name: Of the network, for messages.
+        architecture: That the weights must be of.
+        file: On this machine; None: on the Hub, see `cfg`.
+        expected: The checkpoint whose bytes they must be, where it is one of this package.
+        remedy: What to do where they are not.
+    """
+
+    name: str
+    architecture: str
+    file: Path | None
+    expected: Checkpoint | None
+    remedy: str = ""
+
+
+def verified_file(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> Path | None:
     """The file that a pretrained config stands for, downloaded if need be, and verified before anything loads it.
 
     A checkpoint of this package, here or in the zoo's repository at the tag of this version, must have the size and
@@ -126,57 +205,80 @@ def local_file(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> Path 
     Raises:
         WeightsError: No weights, no such file or repository, or not the file that it should be.
     """
+    source = _resolve(cfg)
+    if source is None:
+        return None
+    path = source.file or _fetch(cfg, source, cache_dir)
+    _verify(path, source)
+    return path
+
+
+def _resolve(cfg: PretrainedCfg) -> _Source | None:
+    """Where the weights of a config are; None where timm is to find them."""
     name = f"{cfg.architecture}.{cfg.tag}" if cfg.tag else str(cfg.architecture)
+    architecture = str(cfg.architecture)
     packaged = bool(cfg.file) and Path(str(cfg.file)).parent == CHECKPOINTS
-    row = None
-    remedy = "install pcdeq_zoo again"
+    shipped = checkpoints()
     if cfg.source == "hf-hub" or (
         not cfg.state_dict and cfg.hf_hub_id and (not cfg.file or (packaged and _prefers_hub()))
     ):
-        row = next((row for model, row in results().items() if hub_id(model) == cfg.hf_hub_id), None)
+        expected = next((checkpoint for checkpoint in shipped.values() if checkpoint.hub_id == cfg.hf_hub_id), None)
         remedy = "the Hub holds other weights than this version of pcdeq_zoo, or the cache is damaged: delete the file"
-        if cfg.source == "hf-hub":
-            _download("config.json", cfg, name, cache_dir, known=False)
-        path = _download(cfg.hf_hub_filename or "model.safetensors", cfg, name, cache_dir, known=row is not None)
-        if path.suffix != ".safetensors":
-            raise WeightsError(
-                f"weights of {name}: {path.name} of {cfg.hf_hub_id} is no safetensors file, and may run code"
-            )
-    elif cfg.source == "local-dir":
+        return _Source(name, architecture, None, expected, remedy)
+    if cfg.source == "local-dir":
         path = Path(str(cfg.file)) / "model.safetensors"
-        if not path.is_file():
-            return None
-    elif cfg.state_dict:
+        return _Source(name, architecture, path, None) if path.is_file() else None
+    if cfg.state_dict:
         return None
-    elif cfg.file:
+    if cfg.file:
         path = Path(cfg.file)
-        row = results().get(path.stem) if packaged else None
-    elif cfg.url:
+        expected = shipped.get(path.stem) if packaged else None
+        return _Source(name, architecture, path, expected, "install pcdeq_zoo again")
+    if cfg.url:
         return None
-    else:
-        trained = ", ".join(results()) or "none yet"
-        raise WeightsError(
-            f"no weights of {name} are published yet; use pretrained=False, or give a file of your own with "
-            f"pretrained_cfg_overlay=dict(file=...). With weights: {trained}"
-        )
+    raise WeightsError(
+        f"no weights of {name} are published yet; use pretrained=False, or give a file of your own with "
+        f"pretrained_cfg_overlay=dict(file=...). With weights: {', '.join(shipped) or 'none yet'}"
+    )
 
-    found = f"{path.stat().st_size} bytes with sha256 {sha256(path)}" if path.is_file() else "no file"
-    if row and found != (wanted := f"{row['bytes']} bytes with sha256 {row['sha256']}"):
-        raise WeightsError(f"weights of {name}: {path.resolve()}: got {found}, wanted {wanted}; {remedy}")
+
+def _fetch(cfg: PretrainedCfg, source: _Source, cache_dir: str | Path | None) -> Path:
+    """Weights from the Hub or its cache, and the config where timm would read it."""
+    if cfg.source == "hf-hub":
+        _download("config.json", cfg, source.name, cache_dir, verify=True)
+    filename = cfg.hf_hub_filename or "model.safetensors"
+    path = _download(filename, cfg, source.name, cache_dir, verify=source.expected is None)
+    if path.suffix != ".safetensors":
+        raise WeightsError(
+            f"weights of {source.name}: {path.name} of {cfg.hf_hub_id} is no safetensors file, and may run code"
+        )
+    return path
+
+
+def _verify(path: Path, source: _Source) -> None:
+    """Refuse a file that is not the expected one, cannot be read, or says that it is of another network."""
+    found = _content(path)
+    if source.expected and found != (wanted := source.expected.content):
+        raise WeightsError(f"weights of {source.name}: {path.resolve()}: got {found}, wanted {wanted}; {source.remedy}")
     if not path.is_file():
-        raise WeightsError(f"weights of {name}: there is no file {path}")
+        raise WeightsError(f"weights of {source.name}: there is no file {path}")
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
-                architecture = (file.metadata() or {}).get("architecture", cfg.architecture)
+                architecture = (file.metadata() or {}).get("architecture", source.architecture)
         else:
             load_state_dict(str(path))
-            architecture = cfg.architecture
+            architecture = source.architecture
     except (SafetensorError, RuntimeError, ValueError, EOFError, OSError, KeyError, AttributeError) as error:
-        raise WeightsError(f"weights of {name}: {path} is not a readable checkpoint: got {found}: {error}") from error
-    if architecture != cfg.architecture:
-        raise WeightsError(f"weights of {name}: {path} holds weights of {architecture}")
-    return path
+        raise WeightsError(
+            f"weights of {source.name}: {path} is not a readable checkpoint: got {found}: {error}"
+        ) from error
+    if architecture != source.architecture:
+        raise WeightsError(f"weights of {source.name}: {path} holds weights of {architecture}")
+
+
+def _content(path: Path) -> str:
+    return f"{path.stat().st_size} bytes with sha256 {sha256(path)}" if path.is_file() else "no file"
 
 
 def _prefers_hub() -> bool:
@@ -186,8 +288,8 @@ def _prefers_hub() -> bool:
     return choice == "hub"
 
 
-def _download(filename: str, cfg: PretrainedCfg, name: str, cache_dir: str | Path | None, known: bool) -> Path:
-    """A file of a Hub repository, from the cache or the network; compared with the Hub's digest, unless `known`."""
+def _download(filename: str, cfg: PretrainedCfg, name: str, cache_dir: str | Path | None, verify: bool) -> Path:
+    """A file of a Hub repository, from the cache or the network; with `verify` it must be what the Hub says it is."""
     repository, _, revision = str(cfg.hf_hub_id).partition("@")
     try:
         path = Path(hf_hub_download(repository, filename, revision=revision or None, cache_dir=cache_dir))
@@ -196,7 +298,7 @@ def _download(filename: str, cfg: PretrainedCfg, name: str, cache_dir: str | Pat
         raise WeightsError(
             f"weights of {name}: no {filename} from the Hub repository {cfg.hf_hub_id}: {reason}"
         ) from error
-    if known:
+    if not verify:
         return path
     if path.is_symlink():
         wanted = path.readlink().name  # not further: that name may lead to one which is of another hash

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from pcdeq_zoo import VARIANTS, DataError, Dataset, WeightsError, record_solves
 from pcdeq_zoo.data import load, normalize
-from pcdeq_zoo.weights import RESULT_COLUMNS, results, sha256, write_rows
+from pcdeq_zoo.weights import RESULT_COLUMNS, checkpoints, sha256, write_rows
 
 
 @torch.inference_mode()
@@ -161,12 +161,12 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=500)
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the results row to this CSV file")
     args = parser.parse_args()
-    name = (args.model or "").rpartition("/")[2].split("@")[0].split(".")[0]
     if args.model and ":" not in args.model:
+        name, dot, _ = args.model.partition(".")
         if name not in VARIANTS:
             parser.error(f"unknown model {name}; the zoo has {', '.join(VARIANTS)}")
-        if "." in args.model and args.model not in results():
-            parser.error(f"no weights of {args.model} ship; there are {', '.join(results())}")
+        if dot and args.model not in checkpoints():
+            parser.error(f"no weights of {args.model} ship; there are {', '.join(checkpoints())}")
     if args.batch_size < 1:
         parser.error(f"--batch-size must be above 0, got {args.batch_size}")
     if args.run and (args.checkpoint or args.output):
@@ -189,9 +189,10 @@ def main() -> None:
             model.to(accelerator.device)
             measured = evaluate(model, dataset, images, labels, args.batch_size, progress=True)
             if args.output:
-                # How it was trained is known of the very files that ship, and of no other that says it is one.
+                # How it was trained is copied only if these are, to the byte, weights that ship.
                 digest = sha256(Path(model.pretrained_cfg["file"]))
-                known = next((row for row in results().values() if row["sha256"] == digest), {"model": architecture})
+                rows = (checkpoint.row for checkpoint in checkpoints().values())
+                known = next((row for row in rows if row["sha256"] == digest), {"model": architecture})
                 write_rows(args.output, [results_row(model, measured, known)])
     except (WeightsError, DataError) as error:
         raise SystemExit(str(error)) from error

@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -99,6 +100,17 @@ def compare_settings(settings: dict[str, Any], record: Path) -> None:
     if other := [key for key in settings if key not in free and settings[key] != before.get(key)]:
         found = ", ".join(f"{key} {before.get(key)!r} there, {settings[key]!r} here" for key in other)
         raise SystemExit(f"{record.parent} holds a run with other settings: {found}")
+
+
+def commit() -> str:
+    """Commit of this code, for the record, with "-dirty" where it was changed; empty outside a git checkout."""
+    command = ["git", "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty"]
+    try:
+        return subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def newest_state(output: Path) -> Path | None:

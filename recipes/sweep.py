@@ -29,7 +29,7 @@ TRAIN = Path(__file__).with_name("train.py")
 
 
 def commands(
-    runs: Path, models: list[str], recipe: str, seeds: list[int], threads: int, extra: list[str]
+    runs: Path, models: list[str], recipe: str | None, seeds: list[int], threads: int, extra: list[str]
 ) -> dict[Path, list[str]]:
     """The command of each run, by its folder."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
@@ -37,8 +37,9 @@ def commands(
     found = {}
     for seed in seeds:
         for model in models:
-            output = runs / f"{model}.{recipe}.seed{seed}"
-            settings = [f"--model={model}", f"--recipe={recipe}", f"--seed={seed}", f"--output={output}", "--resume"]
+            tag = recipe or VARIANTS[model].default_recipe
+            output = runs / f"{model}.{tag}.seed{seed}"
+            settings = [f"--model={model}", f"--recipe={tag}", f"--seed={seed}", f"--output={output}", "--resume"]
             found[output] = [*launcher, *settings, *extra]
     return found
 
@@ -55,7 +56,7 @@ def run(output: Path, command: list[str]) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", metavar="GLOB", help="names in the zoo")
-    parser.add_argument("--recipe", choices=("paper", "zoo"), default="paper")
+    parser.add_argument("--recipe", choices=("paper", "zoo"), help="default: that of each model's checkpoint")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="default: 0")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
     parser.add_argument(

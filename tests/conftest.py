@@ -1,12 +1,15 @@
-"""Fixtures: data of the machine where there is any, the package's sample everywhere."""
+"""Fixtures: data of the machine where there is any, the package's sample everywhere, and runs of the recipes."""
 
 import functools
 import os
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from recipe_runs import SHORT, launch
 from torch import Tensor
 
 from pcdeq_zoo import DATASETS
@@ -39,3 +42,33 @@ def whole_test_set() -> Callable[[str], tuple[Tensor, Tensor]]:
         return load(dataset, "test", folder)
 
     return images_and_labels
+
+
+@pytest.fixture
+def refuse(monkeypatch, capsys):
+    """Run a recipe's main in this process, which is faster by far, and return the line that it ends with."""
+
+    def run(main, arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["recipe", *arguments.split()])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        if caught.value.code == 2:  # argparse has printed its line
+            return capsys.readouterr().err.strip().splitlines()[-1]
+        assert "\n" not in caught.value.code
+        return caught.value.code
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory) -> Path:
+    """A finished run: two epochs on 640 images, started as the README says."""
+    output = tmp_path_factory.mktemp("runs") / "run"
+    done = launch(f"{SHORT} --output {output}")
+    assert done.returncode == 0, done.stderr
+    assert "epoch 2" in done.stdout
+    assert re.search(r"accuracy \d\d\.\d\d % on 400 test images", done.stdout)
+    assert "epoch 1/2:   0%|" in done.stderr  # the progress bar, which ends as the line below
+    summary = r"epoch 1: {'loss': '\d\.\d{4}', 'acc': '\d+\.\d\d', 'forward': '\d+\.\d', 'backward': '\d+\.\d'}, "
+    assert re.search(summary, done.stderr + done.stdout)
+    return output

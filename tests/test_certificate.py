@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from pcdeq_zoo import (
     ACTIVATIONS,
-    VARIANTS,
     ConvergenceError,
     ConvergenceWarning,
     PcDEQConv2d,
@@ -26,7 +25,7 @@ from pcdeq_zoo.certificate import error_bound, find_witness, no_witness, roundin
 from pcdeq_zoo.data import normalize
 from pcdeq_zoo.maps import EquilibriumMap
 from pcdeq_zoo.operators import Convolution, Dense, full_precision
-from pcdeq_zoo.weights import results
+from pcdeq_zoo.weights import Checkpoint, checkpoints
 
 # Inputs to a layer that push it to its limits, by name: applied to a standard normal one.
 INPUTS = {
@@ -154,10 +153,10 @@ def test_sigmoid_keeps_to_its_budget(kind: str, norm: float):
 
 
 @pytest.mark.parametrize("tol", [1e-3, 2e-4])  # the latter is below what γ, amplified, lets float32 prove by itself
-@pytest.mark.parametrize("checkpoint", list(results()))
-def test_bounds_hold_on_the_checkpoints(checkpoint: str, tol: float, sample):
-    dataset = VARIANTS[checkpoint.split(".")[0]].dataset
-    model = timm.create_model(checkpoint, pretrained=True, tol=tol, on_failure="raise").eval()
+@pytest.mark.parametrize("checkpoint", checkpoints().values(), ids=list(checkpoints()))
+def test_bounds_hold_on_the_checkpoints(checkpoint: Checkpoint, tol: float, sample):
+    dataset = checkpoint.variant.dataset
+    model = timm.create_model(checkpoint.name, pretrained=True, tol=tol, on_failure="raise").eval()
     images = normalize(sample[0][:64], dataset) if dataset.name == "mnist" else torch.randn(16, *dataset.input_size)
     solved = []
     layers = [layer for layer in model.modules() if isinstance(layer, PcDEQLinear | PcDEQConv2d)]

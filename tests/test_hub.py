@@ -28,11 +28,12 @@ from safetensors.torch import save_file
 from pcdeq_zoo import DATASETS, VARIANTS, __version__
 from pcdeq_zoo.cards import model_card
 from pcdeq_zoo.data import load, normalize
-from pcdeq_zoo.weights import CHECKPOINTS, NAMESPACE, hub_digest, hub_id, results, sha256
+from pcdeq_zoo.weights import NAMESPACE, Checkpoint, checkpoints, hub_digest, sha256
 
 ROOT = Path(__file__).parents[1]
 NAME = "pcdeq1_l_tanh_mnist"
 CHECKPOINT = f"{NAME}.paper"
+SHIPPED = checkpoints()[CHECKPOINT]
 TAG = f"v{__version__}"
 
 # One warning of huggingface_hub's own use of its HTTP client is none of ours.
@@ -152,8 +153,8 @@ def packaged(images: Path) -> dict[str, torch.Tensor]:
     batches = torch.load(images, weights_only=True)
     with torch.inference_mode():
         return {
-            name: timm.create_model(name, pretrained=True).eval()(batches[VARIANTS[name.split(".")[0]].dataset.name])
-            for name in results()
+            name: timm.create_model(name, pretrained=True).eval()(batches[checkpoint.variant.dataset.name])
+            for name, checkpoint in checkpoints().items()
         }
 
 
@@ -165,21 +166,21 @@ def flip_a_bit(path: Path) -> None:
 
 class TestPublish:
     def test_the_hub_holds_the_packaged_files(self, hub: Hub):
-        for checkpoint, row in results().items():
-            files = hub.files(f"{NAMESPACE}/{checkpoint}")
+        for name, checkpoint in checkpoints().items():
+            files = hub.files(f"{NAMESPACE}/{name}")
             assert set(files) == {"README.md", "config.json", "log.jsonl", "model.safetensors", "results.csv"}
             assert files["model.safetensors"]["lfs"]
-            assert files["model.safetensors"]["sha256"] == row["sha256"]
-            assert files["model.safetensors"]["size"] == int(row["bytes"])
-            config = json.loads(hub.blob(f"{NAMESPACE}/{checkpoint}", "config.json").read_text())
-            assert config["architecture"] == checkpoint.split(".")[0]
+            assert files["model.safetensors"]["sha256"] == checkpoint.row["sha256"]
+            assert files["model.safetensors"]["size"] == int(checkpoint.row["bytes"])
+            config = json.loads(hub.blob(f"{NAMESPACE}/{name}", "config.json").read_text())
+            assert config["architecture"] == checkpoint.variant.name
             assert str(ROOT) not in json.dumps(config)
 
     def test_again_changes_nothing(self, hub: Hub):
         before = {path: path.read_bytes() for path in hub.state.rglob("*") if path.is_file()}
         done = hub.publish("--namespace", NAMESPACE)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count("is published already") == len(results())
+        assert done.stdout.count("is published already") == len(checkpoints())
         assert {path: path.read_bytes() for path in hub.state.rglob("*") if path.is_file()} == before
 
     def test_a_new_tag_of_the_same_files(self, hub: Hub):
@@ -195,7 +196,7 @@ class TestPublish:
     def test_tag_of_other_files(self, empty_hub: Hub):
         assert empty_hub.publish("--namespace", "alice", "--only", CHECKPOINT).returncode == 0
         path = empty_hub.state / "models" / "alice" / f"{CHECKPOINT}.json"
-        path.write_text(path.read_text().replace(results()[CHECKPOINT]["sha256"], "0" * 64))
+        path.write_text(path.read_text().replace(SHIPPED.row["sha256"], "0" * 64))
         done = empty_hub.publish("--namespace", "alice", "--only", CHECKPOINT)
         assert done.returncode == 1
         assert f"alice/{CHECKPOINT}: the tag {TAG} is taken by other weights" in done.stderr
@@ -218,7 +219,7 @@ class TestPublish:
 
     def test_killed_server_and_resumed(self, empty_hub: Hub):
         some = ("--namespace", NAMESPACE, "--only", "*_l_*")
-        first, second, *rest = fnmatch.filter(results(), "*_l_*")
+        first, second, *rest = fnmatch.filter(checkpoints(), "*_l_*")
         empty_hub.stop()
         empty_hub.start("--die-at-upload", "2")
         port = empty_hub.address.rpartition(":")[2]
@@ -235,7 +236,7 @@ class TestPublish:
         assert done.stdout.count("is published already") == 1
         for checkpoint in (first, second, *rest):
             files = empty_hub.files(f"{NAMESPACE}/{checkpoint}")
-            assert files["model.safetensors"]["sha256"] == results()[checkpoint]["sha256"]
+            assert files["model.safetensors"]["sha256"] == checkpoints()[checkpoint].row["sha256"]
 
     def test_refusals(self, empty_hub: Hub):
         """One line that says what is wrong, as the exit of the command."""
@@ -267,7 +268,7 @@ print(json.dumps(found))
         assert read == "error: the token of alice is read-only; make one that may write"
         assert stranger.startswith("error: the Hub refused: ")
         assert f"You don't have the rights to write to stranger/{CHECKPOINT}" in stranger
-        assert pattern == f"error: no checkpoint matches 'resnet*'; there are {', '.join(results())}"
+        assert pattern == f"error: no checkpoint matches 'resnet*'; there are {', '.join(checkpoints())}"
         assert slash == "error: a namespace is the name of a user or an organisation, got 'alice/x'"
         assert space.startswith("error: Repo id must")
         assert main == "error: a tag is letters, digits, '.', '-' and '_', and not 'main'; got 'main'"
@@ -298,40 +299,40 @@ print(1)
         command = [sys.executable, "-m", "pcdeq_zoo.publish", "--namespace", "anyone", "--dry-run"]
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
         done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-        for checkpoint, row in results().items():
-            assert f"anyone/{checkpoint}, tag {TAG}:" in done.stdout
-            assert row["sha256"] in done.stdout
+        for name, checkpoint in checkpoints().items():
+            assert f"anyone/{name}, tag {TAG}:" in done.stdout
+            assert checkpoint.row["sha256"] in done.stdout
 
     def test_the_hf_command_downloads_it(self, hub: Hub, tmp_path):
         hf = str(Path(sys.executable).with_name("hf"))
         assert "alice" in hub.run(hf, "auth", "whoami").stdout
-        repository, _, revision = hub_id(CHECKPOINT).partition("@")
+        repository, _, revision = SHIPPED.hub_id.partition("@")
         folder = tmp_path / "folder"
         done = hub.run(hf, "download", repository, "--revision", revision, "--local-dir", str(folder))
         assert done.returncode == 0, done.stderr
-        assert sha256(folder / "model.safetensors") == results()[CHECKPOINT]["sha256"]
+        assert sha256(folder / "model.safetensors") == SHIPPED.row["sha256"]
 
 
 class TestLoad:
     def test_by_prefix(self, hub: Hub, images: Path, packaged: dict[str, torch.Tensor]):
         """At the branch, the tag and the commit; then offline, from the cache."""
         script = f"""
-names = {list(results())}
+names = {list(checkpoints())}
 found = {{name: logits(f"hf-hub:{NAMESPACE}/{{name}}") for name in names}}
-found["tag"] = logits("hf-hub:{hub_id(CHECKPOINT)}")
+found["tag"] = logits("hf-hub:{SHIPPED.hub_id}")
 found["commit"] = logits("hf-hub:{NAMESPACE}/{CHECKPOINT}@" + sys.argv[2])
 print(json.dumps(found))
 """
         commit = hub.repository(f"{NAMESPACE}/{CHECKPOINT}")["tags"][TAG]
         for offline in ("", "1"):
             found = hub.python(script, str(images), commit, home="prefix", HF_HUB_OFFLINE=offline)
-            for name in results():
+            for name in checkpoints():
                 assert torch.equal(torch.tensor(found[name]), packaged[name])
             assert found["tag"] == found["commit"] == found[CHECKPOINT]
 
     def test_by_environment(self, hub: Hub, images: Path, packaged: dict[str, torch.Tensor]):
         script = f"""
-names = {list(results())}
+names = {list(checkpoints())}
 found = {{name: logits(name) for name in names}}
 model = timm.create_model("{NAME}", pretrained=True, num_classes=3, in_chans=3)
 found["adapted"] = list(model(torch.rand(2, 3, 28, 28)).shape)
@@ -339,14 +340,14 @@ found["file"] = model.pretrained_cfg["file"]
 print(json.dumps(found))
 """
         found = hub.python(script, str(images), home="environment", PCDEQ_ZOO_WEIGHTS="hub")
-        for name in results():
+        for name in checkpoints():
             assert torch.equal(torch.tensor(found[name]), packaged[name])
         assert found["adapted"] == [2, 3]
         assert Path(found["file"]).is_relative_to(hub.folder / "environment")
 
     def test_adapted_by_prefix_and_without_a_packaged_file(self, hub: Hub, images: Path, packaged):
         script = f"""
-model = timm.create_model("hf-hub:{hub_id(CHECKPOINT)}", pretrained=True, num_classes=3, in_chans=3)
+model = timm.create_model("hf-hub:{SHIPPED.hub_id}", pretrained=True, num_classes=3, in_chans=3)
 shape = list(model(torch.rand(2, 3, 28, 28)).shape)
 print(json.dumps([shape, logits("{NAME}", pretrained_cfg_overlay=dict(file=None))]))
 """
@@ -356,11 +357,11 @@ print(json.dumps([shape, logits("{NAME}", pretrained_cfg_overlay=dict(file=None)
 
     def test_corrupt_cache(self, hub: Hub):
         """A flipped bit and a cut file; when the file is gone, it is downloaded again."""
-        digest = results()[CHECKPOINT]["sha256"]
+        digest = SHIPPED.row["sha256"]
         script = f"""
 from pathlib import Path
 def both():
-    return [error("hf-hub:{hub_id(CHECKPOINT)}"), error("{NAME}", pretrained_cfg_overlay=dict(file=None))]
+    return [error("hf-hub:{SHIPPED.hub_id}"), error("{NAME}", pretrained_cfg_overlay=dict(file=None))]
 found = [both()]
 (blob,) = Path(sys.argv[1]).rglob("{digest}")
 content = bytearray(blob.read_bytes())
@@ -375,7 +376,7 @@ print(json.dumps([str(blob), found]))
 """
         blob, (before, flipped, cut, after) = hub.python(script, str(hub.folder / "damaged"), home="damaged")
         assert before == after == [None, None]
-        got = rf"got {results()[CHECKPOINT]['bytes']} bytes with (digest|sha256) [0-9a-f]{{64}}"
+        got = rf"got {SHIPPED.row['bytes']} bytes with (digest|sha256) [0-9a-f]{{64}}"
         for message in flipped:
             assert re.fullmatch(
                 rf"WeightsError: weights of {CHECKPOINT}: {blob}: {got}, wanted .*{digest}; .*", message
@@ -397,7 +398,7 @@ print(json.dumps([error("hf-hub:{NAMESPACE}/{CHECKPOINT}"), error("{NAME}", pret
         for file in (hub.folder / "copies").rglob("model.safetensors"):
             flip_a_bit(file)
         for message in hub.python(script, **settings):
-            assert f"wanted {results()[CHECKPOINT]['sha256']}; delete this file" in message or (
+            assert f"wanted {SHIPPED.row['sha256']}; delete this file" in message or (
                 "or the cache is damaged: delete the file" in message
             )
 
@@ -411,9 +412,7 @@ print(json.dumps([error("hf-hub:{NAMESPACE}/{CHECKPOINT}"), error("{NAME}", pret
             blob.rename(store)
             blob.symlink_to(store)
         assert hub.python(script, home="shared", HF_HUB_OFFLINE="1") is None
-        store = (
-            hub.folder / "shared" / "hub" / "blobs" / "ab" / hub_digest(results()[CHECKPOINT]["sha256"].encode(), "")
-        )
+        store = hub.folder / "shared" / "hub" / "blobs" / "ab" / hub_digest(SHIPPED.row["sha256"].encode(), "")
         flip_a_bit(store)
         message = hub.python(script, home="shared", HF_HUB_OFFLINE="1")
         assert message.endswith("delete this file to download it again")
@@ -485,7 +484,7 @@ print(json.dumps(found))
             if commit["files"]:
                 commit["files"]["model.safetensors"] |= {"sha256": digest, "size": len(content)}
         path.write_text(json.dumps(state))
-        script = f'print(json.dumps([error("{NAME}"), error("hf-hub:{hub_id(CHECKPOINT)}")]))'
+        script = f'print(json.dumps([error("{NAME}"), error("hf-hub:{SHIPPED.hub_id}")]))'
         for message in empty_hub.python(script, PCDEQ_ZOO_WEIGHTS="hub"):
             assert "the Hub holds other weights than this version of pcdeq_zoo" in message
 
@@ -559,18 +558,17 @@ print(json.dumps([same, same_logits, loaded.num_classes, loaded.solver.tol, refu
 
 
 class TestCards:
-    @pytest.mark.parametrize("checkpoint", list(results()))
-    def test_card_says_what_was_measured(self, checkpoint: str):
-        row, variant = results()[checkpoint], VARIANTS[checkpoint.split(".")[0]]
-        card = model_card(checkpoint, f"alice/{checkpoint}", "v7")
+    @pytest.mark.parametrize("checkpoint", checkpoints().values(), ids=list(checkpoints()))
+    def test_card_says_what_was_measured(self, checkpoint: Checkpoint):
+        row, variant, log = checkpoint.row, checkpoint.variant, checkpoint.read_log()
+        card = model_card(checkpoint, f"alice/{checkpoint.name}", "v7")
         accuracy, loss = card.data.eval_results
         assert accuracy.metric_value == pytest.approx(float(row["top1"]) / 100)
         assert loss.metric_value == float(row["nll"])
         assert accuracy.dataset_type == variant.dataset.hub_id
         assert "verif" not in card.content
-        log = [json.loads(line) for line in (CHECKPOINTS / f"{checkpoint}.jsonl").read_text().splitlines()]
         for text in (
-            f"| {float(row['top1']):.2f} | {row['paper_top1']} |",
+            f"| {checkpoint.top1:.2f} | {row['paper_top1']} |",
             f"{variant.parameters:,} ({int(row['bytes']):,} bytes",
             f"an image took {row['evals_layers'].replace('/', ', ')} evaluations",
             f"{row['evals_max']} at most",
@@ -578,7 +576,7 @@ class TestCards:
             f"| Seed, code | {row['seed']}, commit {row['commit']} |",
             f"| Hardware, time | {row['hardware']}, {row['hours']} hours |",
             f"| {log[-1]['train_loss']}, {log[-1]['train_top1']} % |",
-            f"hf-hub:alice/{checkpoint}@v7",
+            f"hf-hub:alice/{checkpoint.name}@v7",
             variant.dataset.terms,
         ):
             assert text in card.content
@@ -586,12 +584,12 @@ class TestCards:
     def test_card_on_the_hub_parses(self, hub: Hub):
         card = ModelCard(hub.blob(f"{NAMESPACE}/{CHECKPOINT}", "README.md").read_text(encoding="utf-8"))
         assert card.data.to_dict()["library_name"] == "timm"
-        assert card.data.eval_results[0].metric_value == pytest.approx(float(results()[CHECKPOINT]["top1"]) / 100)
+        assert card.data.eval_results[0].metric_value == pytest.approx(SHIPPED.top1 / 100)
 
     def test_collection_card(self):
         text = (ROOT / "MODEL_CARD.md").read_text(encoding="utf-8")
         metadata = yaml.safe_load(text.split("---")[1])
-        trained = {VARIANTS[name.split(".")[0]].dataset.hub_id for name in results()}
+        trained = {checkpoint.variant.dataset.hub_id for checkpoint in checkpoints().values()}
         assert set(metadata["datasets"]) == trained
 
 

@@ -1,8 +1,4 @@
-"""The checkpoints: what is claimed of them, where they load, and what becomes of files that are not right.
-
-`PYTHONPATH=recipes python tests/test_weights.py [CHECKPOINT ...]` writes `logits.safetensors`, for the checkpoints that
-it does not hold yet and those that are named.
-"""
+"""The checkpoints: what is claimed of them, where they load, and what becomes of files that are not right."""
 
 import dataclasses
 import json
@@ -20,48 +16,35 @@ import timm
 import torch
 from evaluate import evaluate
 from safetensors.torch import load_file, save_file
-from ship import RUNS, recorded
 from timm.models._hub import save_for_hf
 
 import pcdeq_zoo
 from pcdeq_zoo import DATASETS, VARIANTS, WeightsError
-from pcdeq_zoo.data import load, normalize
-from pcdeq_zoo.weights import CHECKPOINTS, results, sha256
+from pcdeq_zoo.weights import CHECKPOINTS, Checkpoint, checkpoints, sha256
+from tools.ship import LOGITS, RUNS, example_logits, log_of, runs
 
 ROOT = Path(__file__).parents[1]
-LOGITS = Path(__file__).with_name("logits.safetensors")
 
-every_checkpoint = pytest.mark.parametrize("checkpoint", list(results()))
+every_checkpoint = pytest.mark.parametrize("checkpoint", checkpoints().values(), ids=list(checkpoints()))
 NAME = "pcdeq1_l_tanh_mnist"
 
 
-def logits(checkpoint: str) -> torch.Tensor:
-    """Of 16 images, the first of MNIST's test set or noise, as float32 on a CPU gives them."""
-    dataset = VARIANTS[checkpoint.split(".")[0]].dataset
-    if dataset.name == "mnist":
-        images = normalize(load(dataset, "test", "sample")[0][:16], dataset)
-    else:
-        images = torch.randn(16, *dataset.input_size, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        return timm.create_model(checkpoint, pretrained=True).eval()(images)
-
-
-def accuracy_marks(checkpoint: str) -> list[pytest.MarkDecorator]:
-    """Quick are the linear nets; the others take up to half a minute each."""
-    return [] if VARIANTS[checkpoint.split(".")[0]].structure == "l" else [pytest.mark.slow]
+def quick_if_linear(checkpoint: Checkpoint):
+    """The others take up to half a minute each."""
+    marks = [] if checkpoint.variant.structure == "l" else [pytest.mark.slow]
+    return pytest.param(checkpoint, marks=marks, id=checkpoint.name)
 
 
 @every_checkpoint
-def test_logits_are_the_stored_ones(checkpoint: str):
+def test_logits_are_the_stored_ones(checkpoint: Checkpoint):
     # Loose, as other arithmetic may stop an evaluation earlier or later.
-    torch.testing.assert_close(logits(checkpoint), load_file(LOGITS)[checkpoint], rtol=1e-3, atol=5e-3)
+    torch.testing.assert_close(example_logits(checkpoint), load_file(LOGITS)[checkpoint.name], rtol=1e-3, atol=5e-3)
 
 
-@pytest.mark.parametrize("checkpoint", [pytest.param(name, marks=accuracy_marks(name)) for name in results()])
-def test_claimed_accuracy(checkpoint: str, whole_test_set):
-    row = results()[checkpoint]
-    variant = VARIANTS[checkpoint.split(".")[0]]
-    model = timm.create_model(checkpoint, pretrained=True)
+@pytest.mark.parametrize("checkpoint", [quick_if_linear(checkpoint) for checkpoint in checkpoints().values()])
+def test_claimed_accuracy(checkpoint: Checkpoint, whole_test_set):
+    row, variant = checkpoint.row, checkpoint.variant
+    model = timm.create_model(checkpoint.name, pretrained=True)
     measured = evaluate(model, variant.dataset, *whole_test_set(variant.dataset.name))
     assert measured["n"] == int(row["n"]) == variant.dataset.sizes["test"]
     assert measured["top1"] == float(row["top1"])
@@ -76,38 +59,39 @@ def test_claimed_accuracy(checkpoint: str, whole_test_set):
 
 
 @every_checkpoint
-def test_row_file_and_log_belong_together(checkpoint: str):
-    row = results()[checkpoint]
-    variant = VARIANTS[checkpoint.split(".")[0]]
-    file = CHECKPOINTS / f"{checkpoint}.safetensors"
-    assert sha256(file) == row["sha256"]
-    assert file.stat().st_size == int(row["bytes"])
-    assert float(row["paper_top1"]) == variant.paper_accuracy
-    assert float(row["param_count"]) * 1e6 == pytest.approx(variant.parameters)
-    assert recorded()[checkpoint, 0] == row
-    log = (CHECKPOINTS / f"{checkpoint}.jsonl").read_bytes()
-    assert log == (RUNS / f"{checkpoint}.seed0.jsonl").read_bytes()
+def test_row_and_file_belong_together(checkpoint: Checkpoint):
+    assert sha256(checkpoint.file) == checkpoint.row["sha256"]
+    assert checkpoint.file.stat().st_size == int(checkpoint.row["bytes"])
+    assert float(checkpoint.row["paper_top1"]) == checkpoint.variant.paper_accuracy
+    assert float(checkpoint.row["param_count"]) * 1e6 == pytest.approx(checkpoint.variant.parameters)
+    (run,) = (run for run in runs() if (run.name, run.seed) == (checkpoint.name, 0))
+    assert run == checkpoint
 
 
-@pytest.mark.parametrize(("checkpoint", "seed"), list(recorded()))
-def test_row_log_and_settings_of_a_run_belong_together(checkpoint: str, seed: int):
-    row, (model, tag) = recorded()[checkpoint, seed], checkpoint.split(".")
-    record = RUNS / f"{checkpoint}.seed{seed}"
-    log = [json.loads(line) for line in record.with_name(f"{record.name}.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in log] == list(range(1, int(row["epochs"]) + 1))
-    assert round(sum(line["seconds"] for line in log) / 3600, 2) == float(row["hours"])
-    settings = json.loads(record.with_name(f"{record.name}.json").read_text())
-    assert settings["recipe"] == dataclasses.asdict(VARIANTS[model].recipes[tag])  # cards and tables are made from it
-    assert (settings["model"], settings["tag"], settings["seed"]) == (model, tag, seed)
-    assert settings["commit"] == row["commit"]
+@pytest.mark.parametrize("run", runs(), ids=lambda run: f"{run.name}.seed{run.seed}")
+def test_row_log_and_settings_of_a_run_belong_together(run: Checkpoint):
+    log = [json.loads(line) for line in log_of(run).read_text().splitlines()]
+    assert [line["epoch"] for line in log] == list(range(1, int(run.row["epochs"]) + 1))
+    assert round(sum(line["seconds"] for line in log) / 3600, 2) == float(run.row["hours"])
+    settings = json.loads((RUNS / f"{run.name}.seed{run.seed}.json").read_text())
+    assert settings["recipe"] == dataclasses.asdict(run.variant.recipes[run.tag])  # cards and tables are made from it
+    assert (settings["model"], settings["tag"], settings["seed"]) == (run.variant.name, run.tag, run.seed)
+    assert settings["commit"] == run.row["commit"]
+
+
+def test_nothing_is_recorded_that_has_no_row():
+    files = {f"{run.name}.seed{run.seed}.json" for run in runs()} | {log_of(run).name for run in runs() if run.seed}
+    assert {file.name for file in RUNS.iterdir()} == files | {"runs.csv"}
+    shipped = {path.name for checkpoint in checkpoints().values() for path in (checkpoint.file, checkpoint.log)}
+    assert {file.name for file in CHECKPOINTS.iterdir()} == shipped | {"results.csv"}
 
 
 @every_checkpoint
-def test_the_mean_over_seeds_is_not_below_the_paper(checkpoint: str):
+def test_the_mean_over_seeds_is_not_below_the_paper(checkpoint: Checkpoint):
     """By more than 0.1, as the paper rounds its means and ours scatter; but for the net that is marked as short."""
-    mean = statistics.mean(float(row["top1"]) for (name, _), row in recorded().items() if name == checkpoint)
-    short = round(float(results()[checkpoint]["paper_top1"]) - mean, 2)
-    if checkpoint == "pcdeq1_l_tanh_mnist.paper":
+    mean = statistics.mean(run.top1 for run in runs() if run.name == checkpoint.name)
+    short = round(checkpoint.variant.paper_accuracy - mean, 2)
+    if checkpoint.name == "pcdeq1_l_tanh_mnist.paper":
         assert short == 0.15
         assert "98.05 ± 0.07 %" in (ROOT / "MODEL_CARD.md").read_text(encoding="utf-8")
     else:
@@ -115,12 +99,12 @@ def test_the_mean_over_seeds_is_not_below_the_paper(checkpoint: str):
 
 
 def test_what_timm_lists_as_pretrained_is_what_ships():
-    assert timm.list_pretrained("pcdeq*") == sorted(results())
-    files = {file.name for file in CHECKPOINTS.glob("*.safetensors")}
-    assert files == {f"{checkpoint}.safetensors" for checkpoint in results()}
+    assert timm.list_pretrained("pcdeq*") == sorted(checkpoints())
 
 
-@pytest.mark.parametrize("name", sorted(set(VARIANTS) - {checkpoint.split(".")[0] for checkpoint in results()}))
+@pytest.mark.parametrize(
+    "name", sorted(set(VARIANTS) - {checkpoint.variant.name for checkpoint in checkpoints().values()})
+)
 def test_models_without_weights_say_so(name: str):
     checkpoint = f"{name}.{VARIANTS[name].default_recipe}"
     with pytest.raises(WeightsError, match=f"no weights of {checkpoint} are published yet") as caught:
@@ -159,12 +143,11 @@ class TestDamage:
         return timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay={"file": str(file)})
 
     def refused(self, file: Path, found: str) -> None:
-        row = results()[f"{NAME}.paper"]
+        wanted = checkpoints()[f"{NAME}.paper"].content
         with pytest.raises(WeightsError) as caught:
             self.create(file)
         assert str(caught.value) == (
-            f"weights of {NAME}.paper: {file}: got {found}, wanted {row['bytes']} bytes with sha256 {row['sha256']}; "
-            "install pcdeq_zoo again"
+            f"weights of {NAME}.paper: {file}: got {found}, wanted {wanted}; install pcdeq_zoo again"
         )
 
     def test_intact(self, file: Path):
@@ -361,13 +344,7 @@ def test_wheel_works_offline_outside_the_checkout(tmp_path, sample):
     done = subprocess.run(run, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True)
     answer = json.loads(done.stdout)
     assert Path(answer["file"]).is_relative_to(tmp_path / "site")
-    assert sorted(answer["accuracies"]) == sorted(name for name in results() if "_mnist." in name)
+    assert sorted(answer["accuracies"]) == sorted(name for name in checkpoints() if "_mnist." in name)
     for checkpoint, accuracy in answer["accuracies"].items():
         ours = accuracy_on_sample(timm.create_model(checkpoint, pretrained=True), [part[:100] for part in sample])
         assert math.isclose(100 * accuracy, ours, abs_tol=1e-3)
-
-
-if __name__ == "__main__":
-    stored = load_file(LOGITS) if LOGITS.exists() else {}
-    kept = stored.keys() - sys.argv[1:]
-    save_file({name: stored[name] if name in kept else logits(name) for name in results()}, LOGITS)

@@ -1,6 +1,6 @@
 """Bring the tables and figures of the documents up to date with the package, docs/runs and benchmarks/results.json.
 
-    python recipes/report.py
+    python -m tools.report
 
 A table stands between `<!-- NAME -->` and `<!-- /NAME -->`, NAME being a key of `TABLES`. The figures are those of the
 paper, drawn from our logs: docs/figures/*.svg, shown in docs/report.md.
@@ -14,18 +14,16 @@ import json
 import math
 import re
 import statistics
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import timm
-from ship import RUNS, recorded
-
+from benchmarks import tables as benchmark
 from pcdeq_zoo import VARIANTS
 from pcdeq_zoo.files import replace_file
-from pcdeq_zoo.weights import results
+from pcdeq_zoo.weights import Checkpoint, checkpoints
+from tools.ship import log_of, runs
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "MODEL_CARD.md", "docs/solver.md", "docs/report.md")
@@ -60,31 +58,29 @@ OTHERS = {
 }
 _NUMBERS = {"mnist": 1, "svhn": 2, "cifar": 3}
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import tables as benchmark  # noqa: E402
-
 
 def models() -> str:
     """All models: parameters, and test accuracy in the paper and of the default checkpoint."""
-    rows = results()
+    shipped = checkpoints()
     lines = ["| Model | Data | Parameters | Paper, % | Checkpoint, % |", "|---|---|--:|--:|--:|"]
     for variant in VARIANTS.values():
-        row = rows.get(f"{variant.name}.{timm.get_pretrained_cfg(variant.name).tag}")
-        ours = f"{float(row['top1']):.2f}" if row else "–"
+        default = shipped.get(f"{variant.name}.{variant.default_recipe}")
+        ours = f"{default.top1:.2f}" if default else "–"
         cells = f"`{variant.name}`", variant.dataset.title, f"{variant.parameters:,}", f"{variant.paper_accuracy}", ours
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def checkpoints() -> str:
+def measured() -> str:
     """What was measured of each checkpoint that ships."""
     lines = [
         "| Checkpoint | Top-1, % | Paper, % | NLL, nats | Test images | Epochs | Seed | Evaluations of W, mean (max) |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    for name, row in results().items():
+    for name, checkpoint in checkpoints().items():
+        row = checkpoint.row
         lines.append(
-            f"| `{name}` | {float(row['top1']):.2f} | {row['paper_top1']} | {row['nll']} | {int(row['n']):,} "
+            f"| `{name}` | {checkpoint.top1:.2f} | {row['paper_top1']} | {row['nll']} | {int(row['n']):,} "
             f"| {row['epochs']} | {row['seed']} | {row['evals_mean']} ({row['evals_max']}) |"
         )
     return "\n".join(lines)
@@ -97,13 +93,13 @@ def paper_table(dataset: str) -> str:
         "|---|--:|--:|--:|--:|",
     ]
     lines += [f"| {method} | {size} | {accuracy:.1f} | | |" for method, size, accuracy in OTHERS[dataset]]
-    runs = recorded()
+    recorded = runs()
     for variant in VARIANTS.values():
         if variant.dataset.name != dataset:
             continue
         cells = [variant.paper_name, f"{variant.parameters:,}", f"{variant.paper_accuracy:.1f}"]
         for tag in ("paper", "zoo"):
-            found = [float(row["top1"]) for (name, _), row in runs.items() if name == f"{variant.name}.{tag}"]
+            found = [run.top1 for run in recorded if run.variant is variant and run.tag == tag]
             spread = f" ± {statistics.stdev(found):.2f}" if len(found) > 1 else ""
             count = f" ({len(found)} runs)" if len(found) > 1 else " (1 run)"
             cells.append(f"{statistics.mean(found):.2f}{spread}{count}" if found else "–")
@@ -111,26 +107,23 @@ def paper_table(dataset: str) -> str:
     return "\n".join(lines)
 
 
-def groups() -> dict[str, list[str]]:
-    """What is drawn together: the recorded "model.tag" by structure, data set, size and recipe."""
-    found: dict[str, list[str]] = {}
-    for name in dict.fromkeys(name for name, _ in recorded()):
-        model, tag = name.split(".")
-        variant = VARIANTS[model]
-        size = "-large" if model.endswith("_large") else ""
-        found.setdefault(f"{variant.dataset.name}-{variant.structure}{size}-{tag}", []).append(name)
+def groups() -> dict[str, dict[str, list[Checkpoint]]]:
+    """What is drawn together: the runs of all seeds, by structure, data set, size and recipe, and then by network."""
+    found: dict[str, dict[str, list[Checkpoint]]] = {}
+    for run in runs():
+        size = "-large" if run.variant.name.endswith("_large") else ""
+        group = f"{run.variant.dataset.name}-{run.variant.structure}{size}-{run.tag}"
+        found.setdefault(group, {}).setdefault(run.name, []).append(run)
     return found
 
 
 def gallery() -> str:
     """The figures, as Markdown."""
     lines = []
-    for group, names in groups().items():
-        model, tag = names[0].split(".")
-        variant = VARIANTS[model]
-        title = (
-            f"{variant.dataset.title}, {variant.structure.upper()}, {variant.parameters:,} parameters, `{tag}` recipe"
-        )
+    for group, networks in groups().items():
+        run = next(iter(networks.values()))[0]
+        data, structure = run.variant.dataset.title, run.variant.structure.upper()
+        title = f"{data}, {structure}, {run.variant.parameters:,} parameters, `{run.tag}` recipe"
         lines += [f"**{title}**", "", f"![{title.replace('`', '')}](figures/{group}.svg)", ""]
     return "\n".join(lines).rstrip()
 
@@ -147,7 +140,7 @@ def _pyplot() -> Any:
     return pyplot
 
 
-def draw(group: str, names: list[str], file: Path) -> None:
+def draw(group: str, networks: dict[str, list[Checkpoint]], file: Path) -> None:
     """By epoch: training accuracy, evaluations forward and backward, of dense layers the largest singular value of W.
 
     Lines are means over seeds and layers, bands the extremes of the seeds.
@@ -158,17 +151,16 @@ def draw(group: str, names: list[str], file: Path) -> None:
         ("Evaluations forward", lambda line: _mean_evaluations(line, "forward")),
         ("Evaluations backward", lambda line: _mean_evaluations(line, "backward")),
     ]
-    logs = {name: [_log(name, seed) for other, seed in recorded() if other == name] for name in names}
-    if all("largest_singular_value" in line for runs in logs.values() for run in runs for line in run):
+    logs = {seeds[0].variant.activation: [_read_log(run) for run in seeds] for seeds in networks.values()}
+    if all("largest_singular_value" in line for seeds in logs.values() for log in seeds for line in log):
         panels.append(("Largest singular value of W", lambda line: line["largest_singular_value"]))
     figure, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 2.8), layout="constrained")
     for axis, (title, value) in zip(axes, panels, strict=True):
-        for name, runs in logs.items():
-            epochs = [line["epoch"] for line in runs[0]]
-            values = [[value(line) for line in lines] for lines in zip(*runs, strict=True)]
-            label = VARIANTS[name.split(".")[0]].activation
-            (drawn,) = axis.plot(epochs, [statistics.mean(v) for v in values], label=label, linewidth=1.2)
-            if len(runs) > 1:
+        for activation, seeds in logs.items():
+            epochs = [line["epoch"] for line in seeds[0]]
+            values = [[value(line) for line in lines] for lines in zip(*seeds, strict=True)]
+            (drawn,) = axis.plot(epochs, [statistics.mean(v) for v in values], label=activation, linewidth=1.2)
+            if len(seeds) > 1:
                 low, high = [min(v) for v in values], [max(v) for v in values]
                 axis.fill_between(epochs, low, high, color=drawn.get_color(), alpha=0.2, linewidth=0)
         axis.set(title=title, xlabel="Epoch")
@@ -210,9 +202,8 @@ def _mean_evaluations(line: dict[str, Any], direction: str) -> float:
     return statistics.mean(value for key, value in line["evaluations"].items() if key.endswith(direction))
 
 
-def _log(name: str, seed: int) -> list[dict[str, Any]]:
-    text = (RUNS / f"{name}.seed{seed}.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+def _read_log(run: Checkpoint) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in log_of(run).read_text("utf-8").splitlines()]
 
 
 def measurements() -> dict[str, Any]:
@@ -222,7 +213,7 @@ def measurements() -> dict[str, Any]:
 
 TABLES = {
     "models": models,
-    "checkpoints": checkpoints,
+    "checkpoints": measured,
     **{f"table-{number}": partial(paper_table, dataset) for dataset, number in _NUMBERS.items()},
     "figures": gallery,
     "benchmark-summary": lambda: benchmark.summary(measurements()),
@@ -250,8 +241,8 @@ def main() -> None:
         if updated(text) != text:
             file.write_text(updated(text), encoding="utf-8")
             print(f"updated {file.name}")
-    for group, names in groups().items():
-        draw(group, names, FIGURES / f"{group}.svg")
+    for group, networks in groups().items():
+        draw(group, networks, FIGURES / f"{group}.svg")
         print(f"drew {group}.svg")
     draw_certificate(FIGURES / "certificate.svg")
 

@@ -1,0 +1,104 @@
+"""What a training can be told: the fields of `Config` and of `pcdeq_zoo.Recipe` are the flags of train.py."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import Field, dataclass, fields, replace
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from pcdeq_zoo import VARIANTS, Recipe, Variant
+from pcdeq_zoo.variants import check_setting, setting
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is not the recipe's."""
+
+    model: str = setting("name in the zoo, e.g. pcdeq1_l_tanh_mnist", required=True)
+    recipe: Literal["paper", "zoo"] = setting("default: that of the model's default checkpoint")
+    output: Path = setting("folder of the run (default: runs/<model>.<recipe>)")
+    data: str | None = setting("folder, 'sample' or 'hub' (default: below $PCDEQ_ZOO_DATA, else the Hub)", None)
+    resume: str | None = setting(
+        "go on from the newest state of --output, or from STATE", None, nargs="?", const="latest", metavar="STATE"
+    )
+    save_every: int | None = setting("save the state also within epochs", None, above=0, metavar="STEPS")
+    grad_accum: int = setting("forwards per optimizer step", 1, above=0, metavar="N")
+    mixed_precision: Literal["no", "bf16"] | None = setting(
+        "equilibria are solved in float32 (default: accelerate's)", None
+    )
+    seed: int = setting("of the weights, of the order of the images, of their augmentation", 0, at_least=0)
+    limit_train: int | None = setting("train on the first N images only", None, above=0, metavar="N")
+    hold_out: int | None = setting(
+        "measure on the last N training images, and leave the test set alone", None, above=0, metavar="N"
+    )
+    report_to: Literal["tensorboard"] | None = setting("beside log.jsonl", None)
+    cpu: bool = setting("even where there is a GPU", False)
+    processes: int | None = setting("refuse to run as any other number of processes", None, above=0, metavar="N")
+
+    @property
+    def variant(self) -> Variant:
+        """The network."""
+        return VARIANTS[self.model]
+
+
+def parse(description: str | None, arguments: Sequence[str] | None = None) -> tuple[Config, Recipe]:
+    """The config and the recipe that a command line asks for; ends with a line about a flag that is wrong."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    _add_flags(parser, Config)
+    _add_flags(parser.add_argument_group("recipe", "By default what pcdeq_zoo.VARIANTS[model].recipes says."), Recipe)
+    given = vars(parser.parse_args(arguments))
+
+    if (model := given["model"]) not in VARIANTS:
+        parser.error(f"unknown model {model}; the zoo has {', '.join(VARIANTS)}")
+    tag = given.setdefault("recipe", VARIANTS[model].default_recipe)
+    given.setdefault("output", Path("runs") / f"{model}.{tag}")
+    settings = {entry.name: given.pop(entry.name) for entry in fields(Recipe) if entry.name in given}
+    recipe = VARIANTS[model].recipes[tag]
+    if "epochs" in settings:
+        recipe = recipe.of_epochs(settings["epochs"])
+    return Config(**given), replace(recipe, **settings)
+
+
+_ARGPARSE = ("required", "nargs", "const", "metavar")  # what a setting may say to it
+
+
+def _add_flags(parser: argparse._ActionsContainer, record: type) -> None:
+    """A flag for each field of a record of settings; what is not given stays out of the namespace."""
+    hints = get_type_hints(record)
+    for entry in fields(record):
+        flag, kind = f"--{entry.name.replace('_', '-')}", _without_none(hints[entry.name])
+        facts = {
+            key: value for key, value in entry.metadata.items() if key in ("required", "nargs", "const", "metavar")
+        }
+        if kind is bool:
+            facts["action"] = argparse.BooleanOptionalAction
+        elif get_origin(kind) is Literal:
+            facts["choices"] = get_args(kind)
+        else:
+            facts["type"] = _reader(entry, kind)
+        parser.add_argument(flag, help=entry.metadata["meaning"], default=argparse.SUPPRESS, **facts)
+
+
+def _without_none(hint: Any) -> Any:
+    if get_origin(hint) not in (Union, UnionType):
+        return hint
+    (kind,) = (part for part in get_args(hint) if part is not NoneType)
+    return kind
+
+
+def _reader(entry: Field[Any], kind: type) -> Callable[[str], Any]:
+    """What turns the text of a flag into its value, and refuses one outside the limits."""
+
+    def read(text: str) -> Any:
+        value = kind(text)
+        try:
+            check_setting(entry, value)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+        return value
+
+    read.__name__ = kind.__name__  # argparse says "invalid int value" of text that is none
+    return read

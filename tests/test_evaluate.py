@@ -1,0 +1,50 @@
+"""Evaluation: what is measured, of which files, and the rows that it writes."""
+
+import sys
+from pathlib import Path
+
+import evaluate
+import pytest
+import torch
+from recipe_runs import NAME, row_of
+
+from pcdeq_zoo.weights import checkpoints, sha256
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_evaluate_writes_a_row_of_what_it_measured(run: Path, tmp_path, monkeypatch, own: bool):
+    """How a file was trained is known of those that ship only, whatever another one is called."""
+    shipped = checkpoints()[f"{NAME}.paper"]
+    file = shipped.file if own else run / "model.safetensors"
+    arguments = f"--model {NAME} --checkpoint {file} --data sample --output {tmp_path / 'row.csv'}"
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments.split()])
+    evaluate.main()
+    row = row_of(tmp_path, "row.csv").row
+    assert row["sha256"] == sha256(file)
+    assert row["n"] == "400"
+    known = shipped.row if own else {"model": NAME}
+    for column in ("model", "epochs", "seed", "commit", "hardware", "hours"):
+        assert row[column] == known.get(column, "")
+
+
+def test_calibration_error():
+    confidence = torch.tensor([0.62, 0.64, 0.91, 0.93, 1.0])
+    correct = torch.tensor([True, False, True, True, False])
+    # Bins of 1/15: 0.62 and 0.64 share (0.6, 0.667], 0.91 and 0.93 (0.867, 0.933], 1.0 has (0.933, 1].
+    by_hand = (2 * abs(0.63 - 0.5) + 2 * abs(0.92 - 1) + abs(1.0 - 0)) / 5
+    assert evaluate.calibration_error(confidence, correct) == pytest.approx(by_hand, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--model resnet18", "unknown model resnet18"),
+        (f"--model {NAME} --batch-size 0", "--batch-size must be above 0, got 0"),
+        (f"--model {NAME}.zoo", f"no weights of {NAME}.zoo ship; there are pcdeq1_l_relu6_mnist.paper, "),
+        ("--model pcdeq1_mc_tanh_svhn", "no weights of pcdeq1_mc_tanh_svhn.paper are published yet"),
+        (f"--model {NAME} --data /no/such/folder", "no data folder /no/such/folder"),
+        (f"--model {NAME} --checkpoint /no/such/file", "there is no file /no/such/file"),
+    ],
+)
+def test_evaluate_says_what_is_wrong(refuse, arguments: str, message: str):
+    assert message in refuse(evaluate.main, arguments)

@@ -1,0 +1,128 @@
+"""The states of a run: what is in them, and that nothing else is taken for one."""
+
+import json
+import pickle
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import train
+from recipe_runs import SHORT
+
+from pcdeq_zoo.weights import sha256
+
+INTERRUPTED = f"{SHORT.partition(' ')[2]} --save-every 3 --ema-decay 0.9"
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory) -> Path:
+    """A run that ended in its second epoch, two steps after the epoch's first state."""
+    output = tmp_path_factory.mktemp("interrupted") / "run"
+    step = train.Training.step
+
+    def fail(training: train.Training, indices: torch.Tensor) -> None:
+        if (training.progress.epoch, training.progress.step) == (2, 4):
+            raise KeyboardInterrupt
+        step(training, indices)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Training, "step", fail)
+        patch.setattr(sys, "argv", ["train.py", *INTERRUPTED.split(), f"--output={output}"])
+        with pytest.raises(KeyboardInterrupt):
+            train.main()
+    return output
+
+
+def only_state(run: Path) -> Path:
+    (state,) = (run / "state").glob("epoch-*")
+    return state
+
+
+class Attack:
+    """Unpickled, it writes a file: what a state folder from somewhere else could do."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+def rewrite(state: Path, **changes: object) -> None:
+    """Change progress.json, digest included: what a damaged disk does not do, and a person may."""
+    progress = json.loads((state / "progress.json").read_text()) | changes
+    (state / "progress.json").write_text(json.dumps(progress))
+    digests = json.loads((state / "digests.json").read_text())
+    digests["progress.json"] = sha256(state / "progress.json")
+    (state / "digests.json").write_text(json.dumps(digests))
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_state_holds_no_pickles_and_none_is_loaded(interrupted: Path, tmp_path, monkeypatch, refuse):
+    """As accelerate loads `custom_checkpoint_*.pkl` and `optimizer.bin`, from a run folder of somebody else."""
+    run = Path(shutil.copytree(interrupted, tmp_path / "run"))
+    state = only_state(run)
+    names = ["digests.json", "ema.safetensors", "log.jsonl", "model.safetensors", "optimizer.safetensors"]
+    assert sorted(file.name for file in state.iterdir()) == [*names, "progress.json", "run.json"]
+    planted = ("custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl", "random_states_0.pkl", "optimizer.bin")
+    for name in (*planted, "pytorch_model.bin", "scheduler.bin"):
+        (state / name).write_bytes(pickle.dumps(Attack(tmp_path / "attacked")))
+    monkeypatch.setattr(sys, "argv", ["train.py", *INTERRUPTED.split(), f"--output={run}", "--resume"])
+    train.main()
+    assert (run / "results.csv").exists()
+    assert not (tmp_path / "attacked").exists()
+
+    run = Path(shutil.copytree(interrupted, tmp_path / "only-pickles"))
+    state = only_state(run)
+    for file in state.iterdir():
+        file.write_bytes(pickle.dumps(Attack(tmp_path / "attacked")))
+    line = refuse(train.main, f"{INTERRUPTED} --output {run} --resume")
+    assert line.startswith(f"cannot resume from {state}, UnicodeDecodeError: ")
+    assert not (tmp_path / "attacked").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda state: flip(state / "model.safetensors"), "model.safetensors is not what its digest says"),
+        (lambda state: flip(state / "optimizer.safetensors"), "optimizer.safetensors is not what its digest says"),
+        (lambda state: flip(state / "log.jsonl"), "log.jsonl is not what its digest says"),
+        (lambda state: flip(state / "digests.json"), "JSONDecodeError"),
+        (lambda state: (state / "log.jsonl").unlink(), "it has no log.jsonl"),
+        (lambda state: (state / "ema.safetensors").unlink(), "it has no ema.safetensors"),
+        (lambda state: (state / "digests.json").unlink(), "it has no digests.json"),
+        (lambda state: (state / "digests.json").write_text("[]"), "KeyError: 'progress.json'"),
+        (lambda state: rewrite(state, step=10**9), "epoch 2, step 1000000000, of 2 epochs of 10 steps"),
+        (lambda state: rewrite(state, step=-1), "epoch 2, step -1, of 2 epochs of 10 steps"),
+        (lambda state: rewrite(state, epoch=9), "epoch 9, step 3, of 2 epochs of 10 steps"),
+        (lambda state: rewrite(state, updates=0), "0 updates, wanted 13"),
+        (lambda state: rewrite(state, epoch=1, updates=3), "a log of 1 epochs before epoch 1"),
+        (lambda state: rewrite(state, sums=[]), "it is not of this run: 'list' object has no attribute 'items'"),
+    ],
+)
+def test_a_state_that_is_not_what_was_written_is_refused(interrupted: Path, tmp_path, refuse, damage, reason: str):
+    run = Path(shutil.copytree(interrupted, tmp_path / "run"))
+    state = only_state(run)
+    damage(state)
+    line = refuse(train.main, f"{INTERRUPTED} --output {run} --resume")
+    assert line.startswith(f"cannot resume from {state}, ")
+    assert reason in line
+    assert not (run / "model.safetensors").exists()
+
+
+def test_what_is_beside_the_states_stays(interrupted: Path, tmp_path, monkeypatch):
+    """Somebody's notes and backups, and what a killed process had begun to write."""
+    run = Path(shutil.copytree(interrupted, tmp_path / "run"))
+    (run / "state" / "notes.txt").touch()
+    (run / "state" / "my-backup").mkdir()
+    (run / "state" / ".writing-x").mkdir()
+    monkeypatch.setattr(sys, "argv", ["train.py", *INTERRUPTED.split(), f"--output={run}", "--resume"])
+    train.main()
+    assert sorted(file.name for file in (run / "state").iterdir()) == ["my-backup", "notes.txt"]

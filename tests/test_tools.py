@@ -1,0 +1,83 @@
+"""What maintainers run: shipping, and the report."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from recipe_runs import NAME, ROOT, row_of
+
+from pcdeq_zoo import VARIANTS, weights
+from pcdeq_zoo.weights import checkpoints, sha256, write_rows
+from tools import report, ship
+
+
+class TestShip:
+    def test_refuses_a_run_measured_on_the_sample(self, run: Path):
+        with pytest.raises(SystemExit, match=r"was measured on 400 images, not on the 10,000"):
+            ship.ship(run)
+
+    def test_refuses_an_unfinished_run(self, tmp_path):
+        (tmp_path / "log.jsonl").touch()
+        with pytest.raises(SystemExit, match=r"it has no model.safetensors, results.csv, run.json"):
+            ship.ship(tmp_path)
+
+    @pytest.fixture
+    def whole(self, run: Path, tmp_path, monkeypatch) -> Path:
+        """A run as if it had been measured on the whole test set, and an empty package to put it in."""
+        monkeypatch.setattr(weights, "CHECKPOINTS", tmp_path)
+        monkeypatch.setattr(ship, "RUNS", tmp_path / "runs")
+        (tmp_path / "results.csv").write_text(",".join(weights.RESULT_COLUMNS) + "\n")
+        whole = tmp_path / "whole"
+        shutil.copytree(run, whole)
+        write_rows(whole / "results.csv", [row_of(whole).row | {"n": "10000", "commit": "0123456789ab"}])
+        settings = json.loads((whole / "run.json").read_text())
+        settings |= {"images": 60000, "recipe": dataclasses.asdict(VARIANTS[NAME].recipes["paper"])}
+        (whole / "run.json").write_text(json.dumps(settings))
+        return whole
+
+    def test_refuses_a_run_of_another_recipe_than_its_tag_says(self, whole: Path, run: Path, tmp_path):
+        shutil.copy(run / "run.json", whole)
+        with pytest.raises(SystemExit, match=r"recipe {'epochs': 2, .*, images 640, wanted 60000"):
+            ship.ship(whole)
+        assert not list(tmp_path.glob("*.safetensors"))
+
+    @pytest.mark.parametrize(
+        ("column", "value", "message"),
+        [
+            ("bound_max", "", "unproven equilibria: largest bound none, tol 0.001"),
+            ("bound_max", "0.002", "unproven equilibria: largest bound 0.002, tol 0.001"),
+            ("commit", "0123456789ab-dirty", "not trained by a commit of this code, but by 0123456789ab-dirty"),
+        ],
+    )
+    def test_refuses_what_proves_nothing(self, whole: Path, column: str, value: str, message: str):
+        write_rows(whole / "results.csv", [row_of(whole).row | {column: value}])
+        with pytest.raises(SystemExit, match=message):
+            ship.ship(whole)
+
+    def test_writes_weights_log_and_row(self, whole: Path, run: Path, tmp_path):
+        assert ship.ship(whole) == f"{NAME}.paper"
+        assert checkpoints()[f"{NAME}.paper"].row["sha256"] == sha256(tmp_path / f"{NAME}.paper.safetensors")
+        assert (tmp_path / f"{NAME}.paper.jsonl").read_bytes() == (run / "log.jsonl").read_bytes()
+        assert ship.ship(whole) == f"{NAME}.paper"  # again: the same
+        assert list(checkpoints()) == [f"{NAME}.paper"]
+        (whole / "model.safetensors").write_bytes(b"other")
+        with pytest.raises(SystemExit, match=r"is not the file that .* was measured on"):
+            ship.ship(whole)
+
+    def test_other_seeds_are_recorded_and_drawn_but_do_not_ship(self, whole: Path, tmp_path):
+        ship.ship(whole)
+        first = row_of(whole)
+        write_rows(whole / "results.csv", [first.row | {"seed": "1", "top1": str(first.top1 + 2)}])
+        before = (tmp_path / "results.csv").read_bytes()
+        ship.ship(whole)
+        assert (tmp_path / "results.csv").read_bytes() == before
+        assert [(run.name, run.seed) for run in ship.runs()] == [(f"{NAME}.paper", 0), (f"{NAME}.paper", 1)]
+        assert f"| {first.top1 + 1:.2f} ± 1.41 (2 runs) |" in report.paper_table("mnist")
+        ((group, networks),) = report.groups().items()
+        assert group == "mnist-l-paper"
+        report.draw(group, networks, tmp_path / "figure.svg")
+        drawn = (tmp_path / "figure.svg").read_text()
+        assert "<svg" in drawn
+        assert (ROOT / "docs" / "figures" / "mnist-l-paper.svg").is_file()

@@ -1,0 +1,283 @@
+"""Training: what a run leaves, that it can be repeated and killed, and what it refuses."""
+
+import functools
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import evaluate
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import timm
+import torch
+import train
+from PIL import Image
+from recipe_runs import NAME, ROOT, SHORT, command, launch, log_of, row_of
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from pcdeq_zoo import VARIANTS
+from pcdeq_zoo.data import load
+from pcdeq_zoo.weights import sha256
+from tools import ship
+
+
+def test_what_a_run_leaves(run: Path):
+    files = sorted(file.name for file in run.iterdir() if file.name != ".lock")
+    assert files == ["log.jsonl", "model.safetensors", "results.csv", "run.json"]
+    log = log_of(run)
+    assert [line["epoch"] for line in log] == [1, 2]
+    assert log[1]["train_loss"] < log[0]["train_loss"]
+    assert [line["lr"] for line in log] == [1e-3, 1e-3]  # the decay, after 1.5 of 2 epochs, is rounded up
+    assert set(log[0]["evaluations"]) == {"features.deq1 forward", "features.deq1 backward"}
+    assert all(value > 1 for value in log[1]["evaluations"].values())
+    assert log[1]["unconverged"] == 0
+    model = timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay={"file": str(run / "model.safetensors")})
+    norm = torch.linalg.svdvals(model.features.deq1.weight.detach().double())[0].item()
+    assert log[1]["largest_singular_value"] == pytest.approx(norm, abs=1e-4)
+
+    row = row_of(run).row
+    assert row["model"] == f"{NAME}.paper"
+    assert row["sha256"] == sha256(run / "model.safetensors")
+    assert (run / "model.safetensors").stat().st_mode & 0o777 == 0o644
+    assert float(row["top1"]) > 50  # 20 steps from chance
+    assert (row["epochs"], row["seed"], row["hardware"].split()[1]) == ("2", "0", "CPU")
+    done = launch(f"recipes/evaluate.py --model {NAME} --data sample --checkpoint {run / 'model.safetensors'}")
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(done.stdout)
+    assert {key: str(value) for key, value in measured.items()} == {key: row[key] for key in measured}
+    before = (run / "results.csv").read_bytes()
+    (run / "results.csv").unlink()
+    assert launch(f"recipes/evaluate.py --run {run} --data sample").returncode == 0
+    assert (run / "results.csv").read_bytes() == before
+
+
+def test_the_result_loads_through_timm(run: Path):
+    overlay = {"file": str(run / "model.safetensors")}
+    model = timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=overlay)
+    assert all(
+        torch.equal(value, model.state_dict()[key]) for key, value in load_file(run / "model.safetensors").items()
+    )
+
+
+def test_the_seed_makes_it_reproducible(run: Path, tmp_path):
+    again = launch(f"{SHORT} --output {tmp_path / 'again'}")
+    assert again.returncode == 0, again.stderr
+    one, two = (folder / "model.safetensors" for folder in (run, tmp_path / "again"))
+    assert sha256(one) == sha256(two)
+
+
+# Batches and groups of them that do not come out even, and all that a recipe can ask for.
+EVERYTHING = (
+    "recipes/train.py --model pcdeq1_mc_tanh_mnist --recipe paper --data sample --epochs 2 --limit-train 500 "
+    "--save-every 2 --batch-size 63 --grad-accum 2 --ema-decay 0.9 --label-smoothing 0.1 --output "
+)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Callable[[int], Path]:
+    """A run of EVERYTHING that nobody killed, by the number of processes."""
+    folder = tmp_path_factory.mktemp("whole")
+
+    @functools.cache
+    def run(processes: int) -> Path:
+        done = launch(f"{EVERYTHING}{folder / str(processes)}", processes)
+        assert done.returncode == 0, done.stderr
+        assert f"{processes} x cpu" in done.stdout
+        return folder / str(processes)
+
+    return run
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_and_resumed_is_as_if_nothing_had_happened(tmp_path, whole, processes: int):
+    """kill -9 in the middle of an epoch: the same bits in the end, and the same log."""
+    broken = tmp_path / "broken"
+    process = subprocess.Popen(
+        command(f"{EVERYTHING}{broken}", processes), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    state = broken / "state" / "epoch-0002-step-000002"
+    while not state.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    if processes == 1:  # the training itself is alive, and a second one must not write beside it
+        children[0].suspend()
+        second = launch(f"{EVERYTHING}{broken} --resume")
+        assert f"another process is training in {broken}" in second.stderr
+    for child in children:
+        child.kill()
+    psutil.wait_procs(children)
+    assert not (broken / "model.safetensors").exists()
+    saved = Path(shutil.copytree(broken / "state", tmp_path / "saved"))
+
+    resumed = launch(f"{EVERYTHING}{broken} --resume", processes)
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"resumed from {broken / 'state'}" in resumed.stdout
+    one, two = (load_file(run / "model.safetensors") for run in (whole(processes), broken))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert log_of(whole(processes)) == log_of(broken)
+    assert not (broken / "state").exists()
+    if processes == 1:  # the same from a state that was put aside, in another folder
+        (state,) = saved.glob("epoch-*")
+        elsewhere = launch(f"{EVERYTHING}{tmp_path / 'elsewhere'} --resume {state}")
+        assert elsewhere.returncode == 0, elsewhere.stderr
+        assert f"resumed from {state}" in elsewhere.stdout
+        two = load_file(tmp_path / "elsewhere" / "model.safetensors")
+        assert all(torch.equal(one[key], two[key]) for key in one)
+        assert log_of(whole(1)) == log_of(tmp_path / "elsewhere")
+
+
+def test_two_processes_give_what_one_gives(whole):
+    """The losses. Not each weight: Adam makes full steps of gradients that are rounding errors."""
+    for first, second in zip(log_of(whole(1)), log_of(whole(2)), strict=True):
+        assert first["train_loss"] == pytest.approx(second["train_loss"], rel=2e-4)
+        assert first["train_top1"] == pytest.approx(second["train_top1"], abs=0.5)
+
+
+def test_killed_before_the_first_state(run: Path, tmp_path):
+    """With nothing but what is written before it: run.json, and a line in the log of an epoch without its state."""
+    broken = tmp_path / "broken"
+    (broken / "state" / ".writing-epoch").mkdir(parents=True)
+    shutil.copy(run / "run.json", broken)
+    (broken / "log.jsonl").write_text((run / "log.jsonl").read_text().splitlines(keepends=True)[0])
+    done = launch(f"{SHORT} --output {broken} --resume")
+    assert done.returncode == 0, done.stderr
+    assert log_of(broken) == log_of(run)
+
+
+def test_a_finished_run_is_never_overwritten(run: Path, refuse):
+    before = sha256(run / "model.safetensors")
+    message = refuse(train.main, f"--model {NAME} --data sample --epochs 1 --output {run}")
+    assert message == f"{run} already holds a run; give another --output, --resume it, or remove it"
+    message = refuse(train.main, f"--model {NAME} --data sample --epochs 1 --limit-train 640 --output {run} --resume")
+    assert message.startswith(f"{run} holds a run with other settings: recipe {{'epochs': 2, ")
+    done = launch(f"{SHORT} --output {run} --resume")
+    assert done.stdout.strip() == f"{run} is finished"
+    assert sha256(run / "model.safetensors") == before
+
+
+def test_a_small_set_in_the_layout_of_svhn(tmp_path):
+    """There is no SVHN here; its recipe and evaluation run on images that are made up."""
+    folder = tmp_path / "svhn"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 160), ("test", 40)):
+        rows = []
+        for index in range(count):
+            pixels = torch.randint(0, 256, (32, 32, 3), generator=generator, dtype=torch.uint8).numpy()
+            stream = io.BytesIO()
+            Image.fromarray(pixels).save(stream, "PNG")
+            rows.append({"image": {"bytes": stream.getvalue(), "path": None}, "label": index % 10})
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"{split}-00000-of-00001.parquet")
+    arguments = f"recipes/train.py --model pcdeq1_mc_softsign_svhn --data {folder} --epochs 1"
+    done = launch(f"{arguments} --output {tmp_path / 'run'} --report-to tensorboard --mixed-precision bf16")
+    assert done.returncode == 0, done.stderr
+    assert "on 160 images" in done.stdout
+    assert re.search(r"accuracy \d+\.\d\d % on 40 test images", done.stdout)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["mixed_precision"] == "bf16"
+    assert (tmp_path / "run" / "results.csv").exists()
+    assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+
+
+def test_what_is_held_out(tmp_path, monkeypatch, capsys):
+    """The last images of the training set, which the run does not see, and not one of the test set."""
+    run = tmp_path / "run"
+    monkeypatch.setattr(sys, "argv", f"train.py --model {NAME} --data sample --epochs 1 --output {run}".split())
+    sys.argv += ["--hold-out", "1000", "--limit-train", "500"]
+    train.main()
+    out = capsys.readouterr().out
+    assert "on 500 images" in out
+    assert "on 1000 held-out images" in out
+    model = timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay={"file": str(run / "model.safetensors")})
+    images, labels = load(VARIANTS[NAME].dataset, "train", "sample")
+    measured = evaluate.evaluate(model, VARIANTS[NAME].dataset, images[-1000:], labels[-1000:])
+    assert measured["top1"] == row_of(run, "held_out.csv").top1
+    assert not (run / "results.csv").exists()
+    with pytest.raises(SystemExit, match=r"it has no results.csv"):
+        ship.ship(run)
+
+
+def test_batches_are_a_function_of_seed_and_epoch():
+    first, again, other = (train.batches(103, 10, 4, *key) for key in ((0, 1), (0, 1), (0, 2)))
+    assert [len(batch) for batch in first] == [10] * 10  # the last three are too few
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(torch.cat(first), torch.cat(other))
+    assert len(torch.cat(train.batches(103, 10, 2, 0, 1)).unique()) == 103
+
+
+def test_augmentation_crops_and_flips_each_image_by_itself():
+    images = torch.arange(1, 3 * 32 * 32 + 1).view(1, 3, 32, 32).repeat(64, 1, 1, 1)
+    augmented = train.augment(images, torch.Generator().manual_seed(0))
+    assert torch.equal(augmented, train.augment(images, torch.Generator().manual_seed(0)))
+    assert augmented.shape == images.shape
+    padded = F.pad(images[0], (4, 4, 4, 4))
+    crops = [
+        crop
+        for top in range(9)
+        for left in range(9)
+        for crop in (padded[:, top : top + 32, left : left + 32], padded[:, top : top + 32, left : left + 32].flip(2))
+    ]
+    found = [next(i for i, crop in enumerate(crops) if torch.equal(crop, image)) for image in augmented]
+    assert len(set(found)) > 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--epochs 0", "argument --epochs: must be above 0, got 0"),
+        ("--epochs two", "argument --epochs: invalid int value: 'two'"),
+        ("--lr -1", "argument --lr: must be above 0, got -1.0"),
+        ("--lr nan", "argument --lr: must be above 0, got nan"),
+        ("--lr inf", "argument --lr: must be above 0, got inf"),
+        ("--weight-decay -1", "argument --weight-decay: must be at least 0, got -1.0"),
+        ("--stop proven", "argument --stop: invalid choice: 'proven'"),
+        ("--mixed-precision fp16", "argument --mixed-precision: invalid choice: 'fp16'"),
+        ("--processes 2", "launched as 2 processes, but accelerate runs 1 here"),
+        ("--limit-train 0", "argument --limit-train: must be above 0, got 0"),
+        ("--hold-out 1600", "--hold-out 1600 leaves nothing of 1600 training images"),
+        ("--resume /no/such/state", "no state /no/such/state to resume from; --resume alone takes the newest of"),
+        ("--limit-train 1", "a batch needs 2 images, one per process and two for BatchNorm; got"),
+        ("--seed -1", "argument --seed: must be at least 0, got -1"),
+        ("--ema-decay 1", "argument --ema-decay: must be at least 0 and below 1, got 1.0"),
+        ("--model resnet18", "unknown model resnet18; the zoo has pcdeq1_l_relu6_mnist, "),
+        ("--data /no/such/folder", "no data folder /no/such/folder"),
+        ("--model pcdeq1_mc_tanh_cifar", "no CIFAR-10 sample ships with the package"),
+    ],
+)
+def test_train_says_what_is_wrong(tmp_path, refuse, arguments: str, message: str):
+    assert message in refuse(train.main, f"--model {NAME} --data sample --output {tmp_path / 'run'} {arguments}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_sweep(tmp_path):
+    arguments = [sys.executable, str(ROOT / "recipes" / "sweep.py"), "pcdeq*_l_[ts]*_mnist", "--seeds", "0", "1"]
+    printed = subprocess.run([*arguments, "--print"], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(printed) == 6  # tanh, softsign, sigmoid
+    assert all("--resume" in line and "--seed=" in line for line in printed)
+
+    arguments = [sys.executable, str(ROOT / "recipes" / "sweep.py"), "pcdeq1_l_[ts]*_mnist", "--jobs", "2", "--"]
+    arguments += ["--data", "sample", "--epochs", "1", "--limit-train", "128"]
+    done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names = {f"pcdeq1_l_{activation}_mnist.paper.seed0" for activation in ("tanh", "softsign")}
+    assert {folder.name for folder in (tmp_path / "runs").iterdir() if folder.is_dir()} == names
+    assert all((tmp_path / "runs" / name / "results.csv").is_file() for name in names)
+    other = tmp_path / "runs" / "pcdeq1_l_tanh_mnist.paper.seed0"
+    settings = (other / "run.json").read_text()
+    (other / "run.json").write_text(settings.replace('"hold_out": null', '"hold_out": 100'))
+    done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "1 of 2 runs failed" in done.stderr
+    assert "softsign_mnist.paper.seed0 is finished" in done.stdout
+    assert "other settings: hold_out 100 there, None here" in other.with_name(f"{other.name}.txt").read_text()

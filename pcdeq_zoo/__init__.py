@@ -15,8 +15,8 @@ from pcdeq_zoo.solution import (
     record_solves,
 )
 from pcdeq_zoo.solver import Solver, solve
+from pcdeq_zoo.state_dict import WeightsError
 from pcdeq_zoo.variants import VARIANTS, Recipe, Variant
-from pcdeq_zoo.weights import WeightsError
 
 __all__ = [
     "ACTIVATIONS",

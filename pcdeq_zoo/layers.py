@@ -7,6 +7,7 @@ sigmoid does not and needs x ≥ 0 (pcDEQ-2, ReLU).
 
 from __future__ import annotations
 
+import math
 import threading
 from typing import Any, NamedTuple, NoReturn
 from weakref import WeakSet, ref
@@ -23,6 +24,7 @@ from pcdeq_zoo.maps import EquilibriumMap, LinearizedMap
 from pcdeq_zoo.operators import full_precision, operator
 from pcdeq_zoo.solution import Direction, Solution, Status, announce
 from pcdeq_zoo.solver import Solver
+from pcdeq_zoo.state_dict import WeightsError, check_tensor
 from pcdeq_zoo.transforms import folded, refuse_legacy_vmap, transformed
 
 __all__ = ["PcDEQConv2d", "PcDEQLinear", "project"]
@@ -251,6 +253,10 @@ class _PcDEQLayer(TraceableLoop):
             raise ValueError(f"W must be {tuple(self.direction.shape)}, got {tuple(weight.shape)}")
         if not bool(((weight >= 0) & weight.isfinite()).all()):
             raise ValueError(f"W must be ≥ 0 and finite, got entries from {weight.min():g} to {weight.max():g}")
+        if not bool(_row_norms(weight.to(self.direction.dtype)).isfinite().all()):
+            raise ValueError(
+                f"the norms of the rows of W overflow in {self.direction.dtype}, got entries to {weight.max():g}"
+            )
         self.direction.copy_(weight)
         self.magnitude.copy_(_row_norms(self.direction))
 
@@ -328,6 +334,7 @@ class _PcDEQLayer(TraceableLoop):
         if direction.dtype == torch.float16 or direction.dtype == torch.bfloat16:
             direction, magnitude = direction.float(), magnitude.float()
         norm = torch.linalg.vector_norm(direction, dim=list(range(1, direction.ndim)), keepdim=True)
+        norm = norm.masked_fill(norm.isinf(), math.nan)  # a row whose squares overflow must not pass for one of zeros
         return direction * (magnitude / norm.clamp(min=self._NORM_FLOOR))
 
     @torch.jit.unused
@@ -354,6 +361,13 @@ class _PcDEQLayer(TraceableLoop):
         for old, new in _OLD_NAMES.items():
             if prefix + old in state_dict:
                 state_dict[prefix + new] = state_dict.pop(prefix + old)
+        errors: list[str] = args[-1]  # told by load_state_dict, all together
+        for name in _OLD_NAMES.values():
+            if prefix + name in state_dict:
+                try:
+                    check_tensor(prefix + name, state_dict[prefix + name], getattr(self, name))
+                except WeightsError as error:
+                    errors.append(str(error))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -5,9 +5,8 @@ https://arxiv.org/abs/2402.04029. The architectures are those of Appendix B; che
 (https://github.com/mateuszgabor/pcdeq) load as they are.
 """
 
-import re
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -34,9 +33,10 @@ from pcdeq_zoo.layers import PcDEQConv2d, PcDEQLinear
 from pcdeq_zoo.pooling import CompactMaxPool2d
 from pcdeq_zoo.solution import OnFailure
 from pcdeq_zoo.solver import Solver, Stop
+from pcdeq_zoo.state_dict import WeightsError, check_state_dict, translated
 from pcdeq_zoo.transforms import transformed
 from pcdeq_zoo.variants import VARIANTS, Variant
-from pcdeq_zoo.weights import Checkpoint, WeightsError, checkpoints, verified_file
+from pcdeq_zoo.weights import Checkpoint, check_config, checkpoints, verified_file
 
 __all__ = ["PcDEQ"]
 
@@ -326,69 +326,50 @@ class PcDEQ(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
 
+    @torch.jit.ignore
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As of any module, by any of the names that `translated` knows.
 
-def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Bring a state dict to this module's names, and refuse one that does not fit but for the classifier or `in_chans`.
+        Raises:
+            WeightsError: Tensors that this net cannot have; one line, and nothing is loaded.
+        """
+        own = self.state_dict()
+        state_dict = translated(state_dict, own)
+        check_state_dict(state_dict, own, strict)
+        return super().load_state_dict(state_dict, strict, assign)
 
-    Names of the authors' code are translated: `conv1`, `linear1`, `downsample1`, `bn1`, `block1.deq.f.W.weight_v`, …
-    """
-    for name, tensor in state_dict.items():
-        if not isinstance(tensor, Tensor):
-            raise WeightsError(
-                f"these weights are not of this model: {name} is a {type(tensor).__name__}, not a tensor"
-            )
-        if not bool(tensor.isfinite().all()):
-            raise WeightsError(f"these weights are damaged: {name} holds NaN or infinity")
-    state_dict = {_translate(name): tensor for name, tensor in state_dict.items()}
+
+def _without(state_dict: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
+    return {name: value for name, value in state_dict.items() if name not in names}
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """Pretrained weights under this module's names; refused unless they fit but for `num_classes` and `in_chans`."""
     config: Any = getattr(model, "pretrained_cfg", {})
-    classes, classifier = config.get("num_classes"), state_dict.get("head.fc.weight")
-    if classes and classifier is not None and len(classifier) != classes:
+    wanted = model.state_dict()
+    state_dict = translated(state_dict, wanted)
+    classifier = state_dict.get("head.fc.weight")
+    classes = len(classifier) if isinstance(classifier, Tensor) and classifier.ndim else 0
+    if classes != config["num_classes"]:
         # timm would drop a classifier that is not of as many classes as the config says, and leave a random one.
         raise WeightsError(
-            f"these weights have {len(classifier)} classes, and their config says {classes}; for a file of your own "
-            f"say pretrained_cfg_overlay=dict(file=..., num_classes={len(classifier)})"
+            f"these weights have {classes} classes, and their config says {config['num_classes']}; for a file of your "
+            f"own say pretrained_cfg_overlay=dict(file=..., num_classes={classes})"
         )
-    for name, wanted in model.state_dict().items():
-        if name.startswith("head."):
-            continue
-        if name not in state_dict:
+    channels = config["input_size"][0]
+    if (stem := wanted.get("features.conv1.weight")) is not None:  # timm adapts the input channels
+        wanted["features.conv1.weight"] = stem[:, :1].expand(-1, channels, -1, -1)
+    head = {name for name in {*wanted, *state_dict} if name.startswith("head.")}
+    check_state_dict(_without(state_dict, head), _without(wanted, head))
+    if classifier is not None and classes == model.num_classes:
+        theirs, ours = (weight.shape[1:].numel() for weight in (classifier, wanted["head.fc.weight"]))
+        if theirs != ours:
             raise WeightsError(
-                f"these weights are not of this model: {name} is missing, they hold {list(state_dict)[:3]}…"
+                f"the classifier of these weights takes {theirs} features, and this net has {ours}: keep img_size and "
+                "global_pool, or create it with num_classes=0 and reset_classifier(...)"
             )
-        found = state_dict[name]
-        if name == "features.conv1.weight" and found.ndim == 2:  # the dense stem, on flattened images
-            found = state_dict[name] = found.unflatten(1, (-1, *wanted.shape[2:]))
-        skip = 1 if name == "features.conv1.weight" else None  # timm adapts the input channels
-        if [s for i, s in enumerate(found.shape) if i != skip] != [s for i, s in enumerate(wanted.shape) if i != skip]:
-            raise WeightsError(
-                f"these weights are not of this model: {name} is {tuple(found.shape)}, wanted {tuple(wanted.shape)}"
-            )
-    for name, tensor in state_dict.items():
-        if name.endswith((".magnitude", ".direction")) and bool((tensor < 0).any()):
-            raise WeightsError(
-                f"these weights are not of a pcDEQ: {int((tensor < 0).sum())} entries of {name} are below 0; what "
-                "state_dict() gives of a model of the zoo has none, of another clamp them at 0 before saving"
-            )
+        check_state_dict(state_dict, wanted)
     return state_dict
-
-
-def _translate(name: str) -> str:
-    """Name in the authors' or in our old state dicts to ours; any other name is left as it is."""
-    if match := re.fullmatch(r"(?:conv|linear)1\.(\w+)", name):
-        return f"features.conv1.{match[1]}"
-    if match := re.fullmatch(r"downsample(\d)\.(\w+)", name):
-        return f"features.conv{int(match[1]) + 1}.{match[2]}"
-    if match := re.fullmatch(r"bn(\d)\.(\w+)", name):  # odd before, even after a pcDEQ layer
-        stage, after = divmod(int(match[1]) - 1, 2)
-        return f"features.{'postnorm' if after else 'prenorm'}{stage + 1}.{match[2]}"
-    part = {"g": "magnitude", "v": "direction"}
-    if match := re.fullmatch(r"block(\d?)\.deq\.f\.W\.weight_([gv])", name):
-        return f"features.deq{match[1] or 1}.{part[match[2]]}"
-    if match := re.fullmatch(r"features\.deq(\d+)\.weight_([gv])", name):  # of this package before it was published
-        return f"features.deq{match[1]}.{part[match[2]]}"
-    if match := re.fullmatch(r"classifier\.(\w+)", name):
-        return f"head.fc.{match[1]}"
-    return name
 
 
 def _cfg(variant: Variant, checkpoint: Checkpoint | None) -> dict[str, Any]:
@@ -435,13 +416,19 @@ default_cfgs = generate_default_cfgs(_default_cfgs())
 
 
 def _create_pcdeq(variant: Variant, pretrained: bool = False, **kwargs: Any) -> PcDEQ:
+    overlay = kwargs.get("pretrained_cfg_overlay") or {}
+    cfg = resolve_pretrained_cfg(variant.name, kwargs.get("pretrained_cfg"), overlay)
+    file = verified_file(cfg, kwargs.get("cache_dir")) if pretrained else None
+    check_config(variant, cfg, kwargs.get("pretrained_model_args") or {}, kwargs if pretrained else {})
     if pretrained:
-        overlay = kwargs.get("pretrained_cfg_overlay")
-        cfg = resolve_pretrained_cfg(variant.name, kwargs.get("pretrained_cfg"), overlay)
-        if file := verified_file(cfg, kwargs.get("cache_dir")):
-            # timm then loads this file, which was verified, wherever it came from, and nothing else.
-            verified = {"file": str(file), "source": None, "state_dict": None, "custom_load": False}
-            kwargs["pretrained_cfg_overlay"] = {**(overlay or {}), **verified}
+        # What timm loads by. A config that comes with weights says nothing here: another classifier, or format, would
+        # leave random tensors in the net.
+        verified: dict[str, Any] = {"custom_load": False, "label_offset": None, "architecture": variant.name}
+        verified |= {"classifier": "head.fc", "first_conv": "features.conv1"}
+        if file:
+            # This file, which was verified, wherever it came from, and nothing else.
+            verified |= {"file": str(file), "source": None, "state_dict": None}
+        kwargs["pretrained_cfg_overlay"] = {**overlay, **verified}
     sizes = {"structure": variant.structure, "activation": variant.activation, "channels": variant.channels}
     return build_model_with_cfg(
         PcDEQ,

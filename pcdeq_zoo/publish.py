@@ -34,7 +34,8 @@ from tqdm import tqdm
 
 import pcdeq_zoo
 from pcdeq_zoo.cards import model_card
-from pcdeq_zoo.weights import Checkpoint, WeightsError, checkpoints, hub_digest, sha256, write_rows
+from pcdeq_zoo.state_dict import WeightsError
+from pcdeq_zoo.weights import Checkpoint, checkpoints, hub_digest, sha256, write_rows
 
 __all__ = ["PublishError", "main", "publish", "write_folder"]
 

@@ -23,11 +23,12 @@ from typing import Any
 
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import HFValidationError, HTTPError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from timm.models import PretrainedCfg, load_state_dict
 
 from pcdeq_zoo._version import __version__
 from pcdeq_zoo.files import replace_file
+from pcdeq_zoo.state_dict import WeightsError
 from pcdeq_zoo.variants import VARIANTS, Variant
 
 __all__ = [
@@ -35,7 +36,7 @@ __all__ = [
     "NAMESPACE",
     "RESULT_COLUMNS",
     "Checkpoint",
-    "WeightsError",
+    "check_config",
     "checkpoints",
     "hub_digest",
     "read_rows",
@@ -78,10 +79,6 @@ RESULT_COLUMNS = (
     "bytes",
     "sha256",
 )
-
-
-class WeightsError(RuntimeError):
-    """Weights that are missing, damaged, or of another model; the message names the file and says what to do."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +170,65 @@ def hub_digest(content: bytes, like: str) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+# What a config that comes with weights may say of the net: nothing that makes it another one.
+_CONFIG_ARGS: dict[str, tuple[type, ...]] = {
+    "num_classes": (int,),
+    "in_chans": (int,),
+    "img_size": (int, list, tuple),
+    "global_pool": (str,),
+    "drop_rate": (int, float),
+    "channels": (list, tuple),
+    "structure": (str,),
+    "activation": (str,),
+    "tol": (int, float),
+    "max_evals": (int,),
+    "stop": (str,),
+    "on_failure": (str,),
+}
+_LOOSEST_TOL = 1e-2
+
+
+def check_config(variant: Variant, cfg: PretrainedCfg, stored: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Refuse a config from the Hub or a folder that would give another net than its weights are of, or false solves.
+
+    Args:
+        variant: The network that its architecture names.
+        cfg: Its pretrained config.
+        stored: Its model_args.
+        asked: What the caller, or else the config, says the net with these weights is.
+
+    Raises:
+        WeightsError: One line.
+    """
+    if cfg.architecture != variant.name:
+        raise WeightsError(f"a config of {variant.name} whose pretrained_cfg is of {cfg.architecture!r}")
+    for key, value in stored.items():
+        if key not in _CONFIG_ARGS:
+            raise WeightsError(f"the config of these weights sets {key!r}; it may set {', '.join(_CONFIG_ARGS)}")
+        if isinstance(value, bool) or not isinstance(value, _CONFIG_ARGS[key]):
+            kinds = " or ".join(kind.__name__ for kind in _CONFIG_ARGS[key])
+            raise WeightsError(f"the config of these weights sets {key} to {value!r}, wanted {kinds}")
+    if stored.get("num_classes", cfg.num_classes) != cfg.num_classes:
+        raise WeightsError(
+            f"the config of these weights contradicts itself: num_classes {cfg.num_classes}, and "
+            f"{stored['num_classes']} in model_args"
+        )
+    if not 0 < stored.get("tol", 1e-3) <= _LOOSEST_TOL:
+        raise WeightsError(f"the config of these weights sets tol to {stored['tol']}, wanted at most {_LOOSEST_TOL}")
+    if stored.get("on_failure") == "ignore":
+        raise WeightsError("the config of these weights sets on_failure='ignore'; only its user may")
+    for key in ("structure", "activation"):
+        own = getattr(variant, key)
+        if (value := asked.get(key, own)) != own:
+            raise WeightsError(
+                f"pretrained weights of {variant.name} are of {key}={own!r}, got {value!r}; use pretrained=False, and "
+                "load_state_dict if you mean it"
+            )
+
+
+_MOST_BYTES = 2**28  # a hundred times the largest network of the zoo
+
+
 @dataclass(frozen=True)
 class _Source:
     """Where the weights of a pretrained config are, and what they must be.
@@ -200,7 +256,7 @@ def verified_file(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> Pa
     All weights must be readable and, where their safetensors metadata name an architecture, of that of `cfg`.
 
     Returns:
-        The file, or None for what timm loads by itself: URLs, state dicts, and folders without model.safetensors.
+        The file, or None for what timm loads by itself: URLs and state dicts.
 
     Raises:
         WeightsError: No weights, no such file or repository, or not the file that it should be.
@@ -226,8 +282,8 @@ def _resolve(cfg: PretrainedCfg) -> _Source | None:
         remedy = "the Hub holds other weights than this version of pcdeq_zoo, or the cache is damaged: delete the file"
         return _Source(name, architecture, None, expected, remedy)
     if cfg.source == "local-dir":
-        path = Path(str(cfg.file)) / "model.safetensors"
-        return _Source(name, architecture, path, None) if path.is_file() else None
+        files = [Path(str(cfg.file)) / file for file in ("model.safetensors", "pytorch_model.bin")]
+        return _Source(name, architecture, next((path for path in files if path.is_file()), files[0]), None)
     if cfg.state_dict:
         return None
     if cfg.file:
@@ -257,6 +313,10 @@ def _fetch(cfg: PretrainedCfg, source: _Source, cache_dir: str | Path | None) ->
 
 def _verify(path: Path, source: _Source) -> None:
     """Refuse a file that is not the expected one, cannot be read, or says that it is of another network."""
+    if path.is_file() and path.stat().st_size > _MOST_BYTES:
+        raise WeightsError(
+            f"weights of {source.name}: {path} has {path.stat().st_size} bytes, wanted at most {_MOST_BYTES}"
+        )
     found = _content(path)
     if source.expected and found != (wanted := source.expected.content):
         raise WeightsError(f"weights of {source.name}: {path.resolve()}: got {found}, wanted {wanted}; {source.remedy}")
@@ -269,12 +329,13 @@ def _verify(path: Path, source: _Source) -> None:
         else:
             load_state_dict(str(path))
             architecture = source.architecture
-    except (SafetensorError, RuntimeError, ValueError, EOFError, OSError, KeyError, AttributeError) as error:
+    except Exception as error:  # a damaged pickle raises whatever its bytes come to
+        reason = " ".join(str(error).split())
         raise WeightsError(
-            f"weights of {source.name}: {path} is not a readable checkpoint: got {found}: {error}"
+            f"weights of {source.name}: {path} is not a readable checkpoint: got {found}: {reason[:500]}"
         ) from error
     if architecture != source.architecture:
-        raise WeightsError(f"weights of {source.name}: {path} holds weights of {architecture}")
+        raise WeightsError(f"weights of {source.name}: {path} holds weights of {architecture[:80]!r}")
 
 
 def _content(path: Path) -> str:

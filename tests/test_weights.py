@@ -169,7 +169,7 @@ class TestDamage:
 
     def test_of_another_variant(self, file: Path):
         other = file.with_name("pcdeq1_l_relu6_mnist.paper.safetensors")
-        with pytest.raises(WeightsError, match=r"holds weights of pcdeq1_l_relu6_mnist"):
+        with pytest.raises(WeightsError, match="holds weights of 'pcdeq1_l_relu6_mnist'"):
             self.create(other)
 
 
@@ -198,19 +198,6 @@ class TestForeignFiles:
         with pytest.raises(WeightsError, match="is not a readable checkpoint"):
             self.create(tmp_path / "mine.pth")
         assert not (tmp_path / "ran").exists()
-
-    def test_entries_that_are_no_tensors(self, tmp_path):
-        torch.save({**timm.create_model(NAME).state_dict(), "epoch": 3}, tmp_path / "mine.pth")
-        with pytest.raises(WeightsError, match="epoch is a int, not a tensor"):
-            self.create(tmp_path / "mine.pth")
-
-    @pytest.mark.parametrize(("entry", "message"), [(-1.0, "1 entries of .* are below 0"), (math.nan, "holds NaN")])
-    def test_entries_that_no_pcdeq_has(self, tmp_path, entry: float, message: str):
-        state = timm.create_model(NAME).state_dict()
-        state["features.deq1.direction"][3, 4] = entry
-        save_file(state, tmp_path / "mine.safetensors")
-        with pytest.raises(WeightsError, match=message):
-            self.create(tmp_path / "mine.safetensors")
 
     def test_other_classes_than_the_config_says(self, tmp_path):
         """timm would load it with a random classifier."""

@@ -186,10 +186,9 @@ def _download(dataset: Dataset, split: Split) -> list[Path]:
     try:
         folder = snapshot_download(dataset.hub_id, repo_type="dataset", allow_patterns=pattern)
     except Exception as error:  # the client raises a dozen unrelated classes for "no network"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
-            f"could not get {dataset.title} ({dataset.hub_id}) from the Hugging Face Hub: {reason}. Without a network, "
-            f"put its parquet files into a folder and name it, or set {DATA_ROOT_VARIABLE} to the parent of "
+            f"could not get {dataset.title} ({dataset.hub_id}) from the Hugging Face Hub: {_line(error)}. Without a "
+            f"network, put its parquet files into a folder and name it, or set {DATA_ROOT_VARIABLE} to the parent of "
             f"{dataset.folder}/"
         ) from error
     files = sorted(Path(folder).glob(pattern))
@@ -200,45 +199,60 @@ def _download(dataset: Dataset, split: Split) -> list[Path]:
 
 def _read_parquet(dataset: Dataset, files: Iterable[Path]) -> tuple[Tensor, Tensor]:
     try:
+        import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
-        raise DataError("reading parquet files needs pyarrow: pip install pyarrow") from error
+        raise DataError(f"reading parquet files needs pyarrow (pip install pyarrow): {_line(error)}") from error
 
     images: list[np.ndarray] = []
     labels: list[int] = []
     for file in files:
         try:
             table = pq.read_table(file)
+            classes = _class_names(table.schema.metadata or {})
         except Exception as error:  # pyarrow raises its own classes, OSError and more for damaged files
-            raise DataError(f"cannot read {file} ({file.stat().st_size} bytes) as parquet: {error}") from error
-        column = next((c for c in ("image", "img") if c in table.column_names), None)
-        if column is None or "label" not in table.column_names:
-            raise DataError(f"{file} has columns {table.column_names}, wanted 'image' (or 'img') and 'label'")
-        _check_class_names(dataset, file, table.schema.metadata or {})
-        images += [_decode(dataset, file, row["bytes"]) for row in table[column].to_pylist()]
+            raise DataError(f"cannot read {file} as parquet: {_line(error)}") from error
+        if not len(table):
+            raise DataError(f"{file} holds no images")
+        columns = [name for name in ("image", "img") if name in table.column_names]
+        if len(columns) != 1 or table.column_names.count("label") != 1:
+            raise DataError(f"{file} has columns {table.column_names}, wanted one of 'image' and 'img', and 'label'")
+        if not pa.types.is_integer(table.schema.field("label").type):
+            raise DataError(f"{file} has labels of type {table.schema.field('label').type}, wanted integers")
+        # SVHN and CIFAR-10 have the same shape: where the file says what its labels mean, that must fit.
+        if classes is not None and classes != dataset.classes:
+            raise DataError(f"{file} has the classes {_list(classes)}; {dataset.title} has {_list(dataset.classes)}")
+        for row, cell in enumerate(table[columns[0]].to_pylist()):
+            images.append(_decode(dataset, f"{file}, row {row},", cell))
         labels += table["label"].to_pylist()
-    return _tensors(dataset, np.stack(images) if images else np.empty(0), labels, ", ".join(map(str, files)))
+    return _tensors(dataset, np.stack(images), labels, ", ".join(map(str, files)))
 
 
-def _check_class_names(dataset: Dataset, file: Path, metadata: dict[bytes, bytes]) -> None:
-    """SVHN and CIFAR-10 have the same shape: where the file says what its labels mean, that must fit."""
+def _class_names(metadata: dict[bytes, bytes]) -> tuple[str, ...] | None:
+    """What the labels of a parquet file mean, if it says so."""
     features: dict[str, Any] = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
     names = features.get("label", {}).get("names")
-    if names is not None and tuple(names) != dataset.classes:
-        raise DataError(f"{file} has the classes {', '.join(names)}; {dataset.title} has {', '.join(dataset.classes)}")
+    return None if names is None else tuple(map(str, names))
 
 
-def _decode(dataset: Dataset, file: Path, data: bytes) -> np.ndarray:
+def _decode(dataset: Dataset, where: str, cell: Any) -> np.ndarray:
+    """Pixels (C, H, W) of an encoded image, as the cell {"bytes": ..., "path": ...} of the Hub or as bytes."""
     from PIL import Image
 
+    data = cell.get("bytes") if isinstance(cell, dict) else cell
+    if not isinstance(data, bytes):
+        raise DataError(f"{where} holds {type(data).__name__}, wanted the bytes of an encoded image")
     channels, height, width = dataset.input_size
     try:
         image = Image.open(io.BytesIO(data))
-        image.load()
-    except OSError as error:  # PIL's own errors are of this class
-        raise DataError(f"{file} holds an image that cannot be read: {error}") from error
+        if image.size == (width, height):  # nothing else is worth the memory that its header may ask for
+            image.load()
+    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and more for damaged images
+        raise DataError(f"{where} holds an image that cannot be read: {_line(error)}") from error
     if image.size != (width, height):
-        raise DataError(f"{file} holds a {image.width}x{image.height} image, {dataset.title} has {width}x{height}")
+        raise DataError(f"{where} holds a {image.width}x{image.height} image, {dataset.title} has {width}x{height}")
+    if image.mode not in ("1", "L", "P", "RGB"):
+        raise DataError(f"{where} holds an image of mode {image.mode}, wanted 8 bits per channel and no transparency")
     array = np.asarray(image.convert("L" if channels == 1 else "RGB"))
     return array.reshape(height, width, channels).transpose(2, 0, 1)
 
@@ -246,17 +260,32 @@ def _decode(dataset: Dataset, file: Path, data: bytes) -> np.ndarray:
 def _read_torchvision(dataset: Dataset, split: Split, folder: Path) -> tuple[Tensor, Tensor]:
     try:
         images, labels = dataset.read_torchvision(str(folder), split)
-    except (RuntimeError, ImportError) as error:
+    except Exception as error:  # whatever the bytes of a damaged file come to
         raise DataError(
-            f"{folder} holds neither {split}-*.parquet nor {dataset.title} in torchvision's layout ({error})"
+            f"{folder} holds neither {split}-*.parquet nor {dataset.title} in torchvision's layout: {_line(error)}"
         ) from error
     return _tensors(dataset, images, labels, str(folder))
 
 
 def _tensors(dataset: Dataset, images: np.ndarray, labels: list[int], where: str) -> tuple[Tensor, Tensor]:
-    if not len(images):
-        raise DataError(f"{where} holds no images")
+    if images.dtype != np.uint8 or images.shape[1:] != dataset.input_size:
+        raise DataError(
+            f"{where} holds {images.dtype} images of shape {images.shape[1:]}, {dataset.title} has uint8 of shape "
+            f"{dataset.input_size}"
+        )
+    if not len(images) or len(labels) != len(images):
+        raise DataError(f"{where} holds {len(images)} images and {len(labels)} labels, wanted as many, and some")
     bad = sorted({label for label in labels if label is None or not 0 <= label < len(dataset.classes)}, key=str)
     if bad:
         raise DataError(f"{where} has labels {bad[:5]}, wanted 0 to {len(dataset.classes) - 1}")
     return torch.from_numpy(np.ascontiguousarray(images)), torch.tensor(labels)
+
+
+def _line(error: Exception) -> str:
+    """What an error says, in one line that can be read."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) < 300 else f"{text[:300]}…"
+
+
+def _list(classes: tuple[str, ...]) -> str:
+    return ", ".join(classes[:20])

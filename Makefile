@@ -6,7 +6,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := --model pcdeq1_l_tanh_mnist --data sample
-LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
 .PHONY: setup demo test benchmark
 

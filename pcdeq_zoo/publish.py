@@ -129,8 +129,12 @@ def publish(namespace: str, only: str = "*", tag: str = f"v{pcdeq_zoo.__version_
         raise PublishError(f"a namespace is the name of a user or an organisation, got {namespace!r}")
     for checkpoint in chosen:
         validate_repo_id(f"{namespace}/{checkpoint.name}")
-    if tag == "main" or not re.fullmatch(r"[\w.-]+", tag):
-        raise PublishError(f"a tag is letters, digits, '.', '-' and '_', and not 'main'; got {tag!r}")
+    # What git takes for the name of a tag, and nobody for a branch.
+    if tag in ("main", "HEAD") or not re.fullmatch(r"[A-Za-z0-9](?:[\w-]|\.(?!\.|$))*", tag) or tag.endswith(".lock"):
+        raise PublishError(
+            f"a tag is letters, digits, single '.', '-' and '_', begins with one of the first two, and is not 'main', "
+            f"'HEAD' or *.lock; got {tag!r}"
+        )
     api = HfApi(library_name="pcdeq_zoo", library_version=pcdeq_zoo.__version__)
     if not dry_run:
         try:

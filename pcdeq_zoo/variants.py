@@ -51,10 +51,10 @@ class Recipe:
         ValueError: A setting outside its limits.
     """
 
-    epochs: int = setting("passes over the training set", above=0)
+    epochs: int = setting("passes over the training set", above=0, below=10_000)
     lr: float = setting("highest learning rate", above=0)
     weight_decay: float = setting("decoupled weight decay of AdamW, on all parameters", at_least=0)
-    batch_size: int = setting("images per forward, over all processes", 64, above=0)
+    batch_size: int = setting("images per forward, over all processes", 64, above=0, below=2**20)
     augmentation: bool = setting("random crop of the image padded by 4, and random horizontal flip", False)
     lr_decay_epoch: int | None = setting("epoch after which the learning rate drops; none for one cycle", None, above=0)
     lr_decay_factor: float = setting("what it is multiplied by then", 0.1, above=0)

@@ -16,12 +16,15 @@ import hashlib
 import io
 import json
 import os
+import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
-from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, HTTPError
 from safetensors import safe_open
 from timm.models import PretrainedCfg, load_state_dict
@@ -349,9 +352,24 @@ def _prefers_hub() -> bool:
     return choice == "hub"
 
 
+def _unreachable(endpoint: str) -> str:
+    """Why a server cannot be reached, or nothing: huggingface_hub tries for half a minute before it says so."""
+    if getproxies():
+        return ""  # and so cannot be asked directly
+    address = urlsplit(endpoint)
+    try:
+        socket.create_connection((address.hostname, address.port or {"http": 80}.get(address.scheme, 443)), 10).close()
+    except OSError as error:
+        return str(error)
+    return ""
+
+
 def _download(filename: str, cfg: PretrainedCfg, name: str, cache_dir: str | Path | None, verify: bool) -> Path:
     """A file of a Hub repository, from the cache or the network; with `verify` it must be what the Hub says it is."""
     repository, _, revision = str(cfg.hf_hub_id).partition("@")
+    cached = try_to_load_from_cache(repository, filename, cache_dir, revision or None)
+    if not isinstance(cached, str) and not constants.HF_HUB_OFFLINE and (reason := _unreachable(constants.ENDPOINT)):
+        raise WeightsError(f"weights of {name}: the Hub cannot be reached at {constants.ENDPOINT}: {reason}")
     try:
         path = Path(hf_hub_download(repository, filename, revision=revision or None, cache_dir=cache_dir))
     except (HTTPError, HFValidationError, OSError) as error:

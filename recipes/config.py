@@ -24,19 +24,21 @@ class Config:
     resume: str | None = setting(
         "go on from the newest state of --output, or from STATE", None, nargs="?", const="latest", metavar="STATE"
     )
-    save_every: int | None = setting("save the state also within epochs", None, above=0, metavar="STEPS")
-    grad_accum: int = setting("forwards per optimizer step", 1, above=0, metavar="N")
+    save_every: int | None = setting("save the state also within epochs", None, above=0, below=2**31, metavar="STEPS")
+    grad_accum: int = setting("forwards per optimizer step", 1, above=0, below=2**20, metavar="N")
     mixed_precision: Literal["no", "bf16"] | None = setting(
         "equilibria are solved in float32 (default: accelerate's)", None
     )
-    seed: int = setting("of the weights, of the order of the images, of their augmentation", 0, at_least=0)
-    limit_train: int | None = setting("train on the first N images only", None, above=0, metavar="N")
+    seed: int = setting("of the weights, of the order of the images, of their augmentation", 0, at_least=0, below=2**32)
+    limit_train: int | None = setting("train on the first N images only", None, above=0, below=2**31, metavar="N")
     hold_out: int | None = setting(
-        "measure on the last N training images, and leave the test set alone", None, above=0, metavar="N"
+        "measure on the last N training images, and leave the test set alone", None, above=0, below=2**31, metavar="N"
     )
     report_to: Literal["tensorboard"] | None = setting("beside log.jsonl", None)
     cpu: bool = setting("even where there is a GPU", False)
-    processes: int | None = setting("refuse to run as any other number of processes", None, above=0, metavar="N")
+    processes: int | None = setting(
+        "refuse to run as any other number of processes", None, above=0, below=2**16, metavar="N"
+    )
 
     @property
     def variant(self) -> Variant:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -13,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 
 def check_launch(accelerator: Accelerator, processes: int | None) -> None:
-    """Refuse what accelerate 1.15 does without a word: other numbers of processes, and fp16 that is float32.
+    """Refuse what accelerate 1.15 does without a word: other numbers of processes or gradients, fp16 that is float32.
 
     Args:
         accelerator: As it came up.
@@ -31,10 +32,32 @@ def check_launch(accelerator: Accelerator, processes: int | None) -> None:
             "accelerate was asked for several processes and started one; on CPUs say --multi_gpu to it and --cpu to "
             "this, or --processes 1 for one"
         )
-    if accelerator.mixed_precision == "fp16":
+    if accelerator.mixed_precision not in ("no", "bf16"):
         raise SystemExit(
-            "mixed precision fp16 is float32 without a word on CPUs, and not tried on GPUs; use bf16 or no"
+            f"mixed precision must be no or bf16, accelerate is set to {accelerator.mixed_precision!r} (fp16 is "
+            "float32 on CPUs, and not tried on GPUs)"
         )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise SystemExit(
+            f"accelerate is set to accumulate {accelerator.gradient_accumulation_steps} gradients, which would divide "
+            "them; say --grad-accum instead"
+        )
+
+
+class Launcher:
+    """The `accelerate launch` that this process is of, if it is. A signal that ends it does not reach its child."""
+
+    def __init__(self) -> None:
+        parent = psutil.Process().parent()
+        try:
+            launches = parent is not None and any("accelerate" in part for part in parent.cmdline())
+        except psutil.Error:
+            launches = False
+        self._process = parent if launches else None
+
+    def is_gone(self) -> bool:
+        """Whether there was one, and is none any more."""
+        return self._process is not None and not self._process.is_running()
 
 
 def hardware(accelerator: Accelerator) -> str:

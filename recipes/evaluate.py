@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from run_folder import read_record
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -99,24 +102,27 @@ def measure_run(run: Path, data: str | None, device: torch.device) -> dict[str, 
     """
     if not (run / "run.json").is_file():
         raise SystemExit(f"{run} is not a run of train.py: it has no run.json")
-    settings = json.loads((run / "run.json").read_text("utf-8"))
-    name, weights = settings["model"], run / "model.safetensors"
-    variant = VARIANTS[name]
-    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(weights)}).to(device)
-    if held_out := settings["hold_out"]:
+    settings = read_record(run / "run.json")
+    try:
+        variant, held_out = VARIANTS[settings["model"]], settings["hold_out"]
+        log = [json.loads(line) for line in (run / "log.jsonl").read_text("utf-8").splitlines()]
+        known = {
+            "model": f"{variant.name}.{settings['tag']}",
+            "epochs": settings["recipe"]["epochs"],
+            "seed": settings["seed"],
+            "commit": settings["commit"],
+            "hardware": settings["hardware"],
+            "hours": round(sum(line["seconds"] for line in log) / 3600, 2),
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"{run} is not what train.py wrote: {type(error).__name__}: {error}") from error
+    overlay = {"file": str(run / "model.safetensors")}
+    model = timm.create_model(variant.name, pretrained=True, pretrained_cfg_overlay=overlay).to(device)
+    if held_out:
         images, labels = (part[-held_out:] for part in load(variant.dataset, "train", data))
     else:
         images, labels = load(variant.dataset, "test", data)
     measured = evaluate(model, variant.dataset, images, labels)
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text("utf-8").splitlines()]
-    known = {
-        "model": f"{name}.{settings['tag']}",
-        "epochs": settings["recipe"]["epochs"],
-        "seed": settings["seed"],
-        "commit": settings["commit"],
-        "hardware": settings["hardware"],
-        "hours": round(sum(line["seconds"] for line in log) / 3600, 2),
-    }
     row = results_row(model, measured, known)
     write_rows(run / ("held_out.csv" if held_out else "results.csv"), [row])
     return row
@@ -149,10 +155,30 @@ def results_row(model: nn.Module, measured: dict[str, Any], known: dict[str, Any
     return {column: values[column] for column in RESULT_COLUMNS}
 
 
+def _why_not(output: Path) -> str:
+    """What is wrong with a CSV file to write, or nothing: nothing else is ever replaced."""
+    if output.suffix != ".csv":
+        return "wanted a name that ends in .csv"
+    if not output.parent.is_dir():
+        return f"there is no folder {output.parent}"
+    if not os.path.lexists(output):
+        return ""
+    try:
+        if output.is_symlink() or not output.is_file():
+            return "there is something else of that name"
+        is_ours = output.read_bytes().startswith(",".join(RESULT_COLUMNS).encode())
+    except OSError as error:
+        return str(error.strerror)
+    return "" if is_ours else "there is a file that this program did not write"
+
+
 def main() -> None:
+    sys.stdout.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model", help="name in the zoo, with or without tag, or hf-hub:NAMESPACE/NAME[@REVISION]")
+    source.add_argument(
+        "--model", help="name in the zoo, with or without tag, or hf-hub:NAMESPACE/NAME[@REVISION] or local-dir:FOLDER"
+    )
     source.add_argument("--run", type=Path, help="folder of a finished run; its results.csv is written")
     parser.add_argument(
         "--checkpoint", type=Path, help="a safetensors file, or one of the authors' code; default: the zoo's"
@@ -161,16 +187,18 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=500)
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the results row to this CSV file")
     args = parser.parse_args()
-    if args.model and ":" not in args.model:
+    if args.model is not None and not args.model.startswith(("hf-hub:", "local-dir:")):
         name, dot, _ = args.model.partition(".")
         if name not in VARIANTS:
-            parser.error(f"unknown model {name}; the zoo has {', '.join(VARIANTS)}")
+            parser.error(f"unknown model {args.model!r}; the zoo has {', '.join(VARIANTS)}")
         if dot and args.model not in checkpoints():
             parser.error(f"no weights of {args.model} ship; there are {', '.join(checkpoints())}")
     if args.batch_size < 1:
         parser.error(f"--batch-size must be above 0, got {args.batch_size}")
     if args.run and (args.checkpoint or args.output):
         parser.error("--checkpoint and --output go with --model")
+    if args.output and (reason := _why_not(args.output)):
+        parser.error(f"--output {args.output}: {reason}")
 
     accelerator = Accelerator()
     if not accelerator.is_main_process:
@@ -180,7 +208,10 @@ def main() -> None:
             measured = measure_run(args.run, args.data, accelerator.device)
         else:
             overlay = {"file": str(args.checkpoint)} if args.checkpoint else None
-            model = timm.create_model(args.model, pretrained=True, pretrained_cfg_overlay=overlay)
+            try:
+                model = timm.create_model(args.model, pretrained=True, pretrained_cfg_overlay=overlay)
+            except (RuntimeError, ValueError, LookupError, OSError, AssertionError) as error:  # timm's and the Hub's
+                raise SystemExit(f"no model {args.model!r}: {' '.join(str(error).split())[:500]}") from error
             architecture = model.pretrained_cfg["architecture"]
             if architecture not in VARIANTS:
                 raise SystemExit(f"{args.model} holds a {architecture}; this measures models of the zoo only")

@@ -61,8 +61,12 @@ def locked(output: Path) -> Iterator[None]:
     Raises:
         SystemExit: Another process has it.
     """
-    output.mkdir(parents=True, exist_ok=True)
-    with (output / ".lock").open("w") as file:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        file = (output / ".lock").open("w")
+    except OSError as error:
+        raise SystemExit(f"cannot write to {str(output)[:200]}: {error.strerror}") from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -77,7 +81,10 @@ def check_folder(output: Path, settings: dict[str, Any], resume: str | None) -> 
         SystemExit: What was found, and what to do.
     """
     record = output / "run.json"
-    held = {file.name for file in output.iterdir()} - {".lock"} if output.exists() else set()
+    try:
+        held = {file.name for file in output.iterdir()} - {".lock"} if output.exists() else set()
+    except OSError as error:
+        raise SystemExit(f"{str(output)[:200]} is no folder for a run: {error.strerror}") from error
     if resume is None:
         if held:
             raise SystemExit(f"{output} already holds a run; give another --output, --resume it, or remove it")
@@ -95,11 +102,26 @@ def check_folder(output: Path, settings: dict[str, Any], resume: str | None) -> 
 
 def compare_settings(settings: dict[str, Any], record: Path) -> None:
     """Refuse to go on with other settings than a run.json has; commit and hardware may change on the way."""
-    before = json.loads(record.read_text("utf-8"))
+    before = read_record(record)
     free = ("commit", "hardware")
     if other := [key for key in settings if key not in free and settings[key] != before.get(key)]:
         found = ", ".join(f"{key} {before.get(key)!r} there, {settings[key]!r} here" for key in other)
         raise SystemExit(f"{record.parent} holds a run with other settings: {found}")
+
+
+def read_record(record: Path) -> dict[str, Any]:
+    """What a run.json says.
+
+    Raises:
+        SystemExit: It is damaged.
+    """
+    try:
+        settings = json.loads(record.read_text("utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError(f"it holds a {type(settings).__name__}")
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{record} is not what train.py wrote: {' '.join(str(error).split())[:200]}") from error
+    return settings
 
 
 def commit() -> str:

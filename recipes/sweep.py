@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from pcdeq_zoo import VARIANTS
 
+_OWN = ("--model", "--recipe", "--seed", "--output", "--resume")
 TRAIN = Path(__file__).with_name("train.py")
 
 
@@ -71,11 +72,16 @@ def main() -> None:
     for flag, value in (("jobs", args.jobs), ("threads", threads)):
         if value < 1:
             parser.error(f"--{flag} must be above 0, got {value}")
+    if bad := [seed for seed in args.seeds if not 0 <= seed < 2**32]:
+        parser.error(f"--seeds must be at least 0 and below {2**32}, got {bad[0]}")
+    extra = arguments[split + 1 :]
+    if own := [flag for flag in extra if flag.split("=")[0] in _OWN]:
+        parser.error(f"{own[0]} is what a sweep says itself; it cannot follow --")
     models = [name for name in VARIANTS if any(fnmatch.fnmatch(name, glob) for glob in args.models)]
     if not models:
         parser.error(f"no model matches {' '.join(args.models)}; the zoo has {', '.join(VARIANTS)}")
 
-    runs = commands(args.runs, models, args.recipe, args.seeds, threads, arguments[split + 1 :])
+    runs = commands(args.runs, models, args.recipe, args.seeds, threads, extra)
     if args.print:
         print("\n".join(shlex.join(command) for command in runs.values()))
         return

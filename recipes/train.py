@@ -22,10 +22,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import timm
 import torch
@@ -33,7 +34,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from config import Config, parse
-from distributed import check_launch, hardware, sum_over_processes, synchronize_batch_norm
+from distributed import Launcher, check_launch, hardware, sum_over_processes, synchronize_batch_norm
 from evaluate import measure_run
 from progress import Progress
 from run_folder import (
@@ -50,9 +51,10 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 from tqdm import tqdm
 
-from pcdeq_zoo import DataError, PcDEQLinear, Recipe, record_solves
+from pcdeq_zoo import DataError, PcDEQLinear, Recipe, WeightsError, record_solves
 from pcdeq_zoo.data import load, normalize
 from pcdeq_zoo.files import replace_file, weights_bytes
+from pcdeq_zoo.weights import read_rows, sha256
 
 
 def training_images(config: Config, batch_size: int, processes: int) -> tuple[Tensor, Tensor]:
@@ -111,6 +113,7 @@ class Training:
         self.accelerator, self.config, self.recipe = accelerator, config, recipe
         self.images, self.labels = images, labels
         self.progress = Progress()
+        self.launcher = Launcher()
         self.least = max(2, accelerator.num_processes)  # images in a batch
 
         set_seed(config.seed)
@@ -142,6 +145,10 @@ class Training:
                     bar.update()
                     if progress.step % 20 == 0:
                         bar.set_postfix(progress.summary(), refresh=False)
+                    if self.launcher.is_gone():
+                        self._count_time(start)
+                        self.save()
+                        raise SystemExit("accelerate launch was ended, and so is this; --resume goes on")
                     every = self.config.save_every
                     if every and progress.step % every == 0 and progress.step < len(steps):
                         start = self._count_time(start)
@@ -176,6 +183,8 @@ class Training:
                 with accelerator.autocast():
                     logits = self.prepared(x).float()
                     loss = F.cross_entropy(logits, target, reduction="sum", label_smoothing=recipe.label_smoothing)
+                if not loss.isfinite():
+                    self._refuse_to_go_on(f"the loss is {loss.item()}")
                 # DistributedDataParallel divides by the number of processes.
                 accelerator.backward(loss * (accelerator.num_processes / count))
             correct = (logits.argmax(1) == target).sum()
@@ -185,6 +194,11 @@ class Training:
         progress.updates += 1
         if self.ema:
             self.ema.update(self.model, progress.updates)
+
+    def _refuse_to_go_on(self, reason: str) -> NoReturn:
+        """End a run that diverges; its last good state stays."""
+        where = f"epoch {self.progress.epoch}, step {self.progress.step}"
+        raise SystemExit(f"{where}: {reason}, so the run ends here; try another --lr in another --output")
 
     def write_weights(self) -> None:
         """Write model.safetensors, the moving average where the recipe has one."""
@@ -225,6 +239,8 @@ class Training:
     def save(self) -> None:
         """Write the state. It is the same in all processes, but for the sums."""
         progress = self.progress
+        if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
+            self._refuse_to_go_on("the weights are not finite")
         progress.sums = sum_over_processes(self.accelerator, progress.sums)
         if self.accelerator.is_main_process:
             name = f"epoch-{progress.epoch:04}-step-{progress.step:06}"
@@ -303,12 +319,37 @@ def settings_of(config: Config, recipe: Recipe, accelerator: Accelerator, images
     }
 
 
+def is_finished(output: Path, result: str) -> bool:
+    """Whether a run has been measured, by the weights that are there.
+
+    Raises:
+        SystemExit: By others.
+    """
+    if not (output / result).exists():
+        return False
+    try:
+        (run,) = read_rows(output / result)
+        measured = run.row["sha256"]
+    except (OSError, ValueError, KeyError) as error:
+        raise SystemExit(f"{output / result} is not what train.py wrote; remove it to measure again") from error
+    if sha256(output / "model.safetensors") != measured:
+        raise SystemExit(
+            f"{output / 'model.safetensors'} is not the file that {result} was measured on; remove {result} to measure "
+            "again, or both to train again"
+        )
+    return True
+
+
 def main() -> None:
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show must not end a run
     config, recipe = parse(__doc__)
     output = config.output
-    accelerator = Accelerator(
-        cpu=config.cpu, mixed_precision=config.mixed_precision, log_with=config.report_to, project_dir=output
-    )
+    try:
+        accelerator = Accelerator(
+            cpu=config.cpu, mixed_precision=config.mixed_precision, log_with=config.report_to, project_dir=output
+        )
+    except ValueError as error:  # a setting in the environment or its config
+        raise SystemExit(f"accelerate: {' '.join(str(error).split())}") from error
     check_launch(accelerator, config.processes)
     if config.report_to and not accelerator.log_with:
         raise SystemExit(f"{config.report_to} is not installed: pip install {config.report_to}")
@@ -320,14 +361,13 @@ def main() -> None:
     check_folder(output, settings, config.resume)
     accelerator.wait_for_everyone()  # all have looked, before the first creates what they looked for
     with locked(output) if accelerator.is_main_process else nullcontext():
-        if accelerator.is_main_process and not (output / "run.json").exists():
-            replace_file(output / "run.json", json.dumps(settings, indent=1) + "\n")
-        accelerator.wait_for_everyone()
-        if config.report_to:
-            accelerator.init_trackers("tensorboard")
-
         if not (output / "model.safetensors").exists():
             training = Training(accelerator, config, recipe, images, labels)
+            if config.report_to:
+                accelerator.init_trackers("tensorboard")
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process and not (output / "run.json").exists():
+                replace_file(output / "run.json", json.dumps(settings, indent=1) + "\n")
             accelerator.print(
                 f"{config.model} on {len(images)} images, {accelerator.num_processes} x {accelerator.device}: {recipe}"
             )
@@ -337,10 +377,13 @@ def main() -> None:
                 training.write_weights()
 
         if accelerator.is_main_process:
-            if (output / ("held_out.csv" if config.hold_out else "results.csv")).exists():
+            if is_finished(output, "held_out.csv" if config.hold_out else "results.csv"):
                 print(f"{output} is finished")
             else:
-                row = measure_run(output, config.data, accelerator.device)
+                try:
+                    row = measure_run(output, config.data, accelerator.device)
+                except (WeightsError, DataError) as error:
+                    raise SystemExit(f"{output} cannot be measured: {error}") from error
                 where = "held-out" if config.hold_out else "test"
                 print(f"accuracy {row['top1']:.2f} % on {row['n']} {where} images; written to {output}")
             remove_states(output)

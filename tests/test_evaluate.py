@@ -33,18 +33,3 @@ def test_calibration_error():
     # Bins of 1/15: 0.62 and 0.64 share (0.6, 0.667], 0.91 and 0.93 (0.867, 0.933], 1.0 has (0.933, 1].
     by_hand = (2 * abs(0.63 - 0.5) + 2 * abs(0.92 - 1) + abs(1.0 - 0)) / 5
     assert evaluate.calibration_error(confidence, correct) == pytest.approx(by_hand, abs=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("--model resnet18", "unknown model resnet18"),
-        (f"--model {NAME} --batch-size 0", "--batch-size must be above 0, got 0"),
-        (f"--model {NAME}.zoo", f"no weights of {NAME}.zoo ship; there are pcdeq1_l_relu6_mnist.paper, "),
-        ("--model pcdeq1_mc_tanh_svhn", "no weights of pcdeq1_mc_tanh_svhn.paper are published yet"),
-        (f"--model {NAME} --data /no/such/folder", "no data folder /no/such/folder"),
-        (f"--model {NAME} --checkpoint /no/such/file", "there is no file /no/such/file"),
-    ],
-)
-def test_evaluate_says_what_is_wrong(refuse, arguments: str, message: str):
-    assert message in refuse(evaluate.main, arguments)

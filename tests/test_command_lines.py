@@ -1,0 +1,255 @@
+"""Command lines that ask for what cannot be: one line says what was got and wanted, and nothing is written."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import evaluate
+import pytest
+import sweep
+import train
+from recipe_runs import NAME, SHORT, row_of
+
+import pcdeq_zoo.publish
+from pcdeq_zoo.publish import PublishError, publish
+
+BIG = 10**20
+
+TRAIN = [
+    ("--epochs 0", "argument --epochs: must be above 0 and below 10000, got 0"),
+    ("--epochs two", "argument --epochs: invalid int value: 'two'"),
+    (f"--epochs {BIG}", f"argument --epochs: must be above 0 and below 10000, got {BIG}"),
+    ("--lr -1", "argument --lr: must be above 0, got -1.0"),
+    ("--lr nan", "argument --lr: must be above 0, got nan"),
+    ("--lr inf", "argument --lr: must be above 0, got inf"),
+    ("--weight-decay -1", "argument --weight-decay: must be at least 0, got -1.0"),
+    ("--batch-size 0", "argument --batch-size: must be above 0 and below 1048576, got 0"),
+    (f"--batch-size {BIG}", f"argument --batch-size: must be above 0 and below 1048576, got {BIG}"),
+    (f"--grad-accum {BIG}", f"argument --grad-accum: must be above 0 and below 1048576, got {BIG}"),
+    ("--stop proven", "argument --stop: invalid choice: 'proven'"),
+    ("--tol 0", "argument --tol: must be above 0, got 0.0"),
+    ("--warmup 1", "argument --warmup: must be above 0 and below 1, got 1.0"),
+    ("--ema-decay 1", "argument --ema-decay: must be at least 0 and below 1, got 1.0"),
+    ("--label-smoothing -0.1", "argument --label-smoothing: must be at least 0 and below 1, got -0.1"),
+    ("--seed -1", "argument --seed: must be at least 0 and below 4294967296, got -1"),
+    ("--seed 4294967296", "argument --seed: must be at least 0 and below 4294967296, got 4294967296"),
+    ("--save-every 0", "argument --save-every: must be above 0 and below"),
+    ("--limit-train 0", "argument --limit-train: must be above 0 and below 2147483648, got 0"),
+    ("--limit-train 1", "a batch needs 2 images, one per process and two for BatchNorm; got"),
+    ("--hold-out 1600", "--hold-out 1600 leaves nothing of 1600 training images"),
+    ("--processes 2", "launched as 2 processes, but accelerate runs 1 here"),
+    ("--mixed-precision fp16", "argument --mixed-precision: invalid choice: 'fp16'"),
+    ("--report-to wandb", "argument --report-to: invalid choice: 'wandb'"),
+    ("--resume /no/such/state", "no state /no/such/state to resume from; --resume alone takes the newest of"),
+    ("--model resnet18", "unknown model resnet18; the zoo has pcdeq1_l_relu6_mnist, "),
+    ("--model pcdeq1_mc_tanh_cifar", "no CIFAR-10 sample ships with the package"),
+    ("--data /no/such/folder", "no data folder /no/such/folder"),
+    ("--output FILE", "is no folder for a run: Not a directory"),
+    ("--output FILE/below", "(is no folder for a run|cannot write to .*): Not a directory"),
+    ("--output LOOP", "(is no folder for a run|cannot write to .*): (File exists|Too many levels of symbolic links)"),
+    (f"--output {'x' * 300}", "(is no folder for a run|cannot write to .*): File name too long"),
+    ("--nonsense", "unrecognized arguments: --nonsense"),
+]
+
+
+def one_line_only(message: str) -> None:
+    assert "\n" not in message
+    assert "Traceback" not in message
+
+
+@pytest.mark.parametrize(("arguments", "message"), TRAIN)
+def test_train(tmp_path, refuse, arguments: str, message: str):
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    arguments = arguments.replace("FILE", str(tmp_path / "file")).replace("LOOP", str(tmp_path / "loop"))
+    line = refuse(train.main, f"--model {NAME} --data sample --output {tmp_path / 'run'} {arguments}")
+    one_line_only(line)
+    assert message in line or re.search(message, line)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("ACCELERATE_MIXED_PRECISION", "foo", "accelerate: |mixed precision must be no or bf16"),
+        ("ACCELERATE_MIXED_PRECISION", "fp16", "mixed precision must be no or bf16, accelerate is set to 'fp16'"),
+        ("ACCELERATE_MIXED_PRECISION", "fp8", "accelerate: |mixed precision must be no or bf16"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "set to accumulate 4 gradients, .*; say --grad-accum instead"),
+    ],
+)
+def test_train_under_settings_of_accelerate(tmp_path, variable: str, value: str, message: str):
+    """In a process of its own: accelerate remembers what it saw first."""
+    command = [sys.executable, *f"{SHORT} --output {tmp_path / 'run'}".split()]
+    done = subprocess.run(
+        command, cwd=Path(train.__file__).parents[1], env=os.environ | {variable: value}, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert re.search(message, done.stderr.splitlines()[-1])
+    assert not (tmp_path / "run").exists()
+
+
+EVALUATE = [
+    ("--model resnet18", "unknown model 'resnet18'; the zoo has "),
+    ("--model=", "unknown model ''; the zoo has "),
+    ("--model :", "unknown model ':'; the zoo has "),
+    ("--model /", "unknown model '/'; the zoo has "),
+    ("--model @", "unknown model '@'; the zoo has "),
+    ("--model hf-hub:", "no model 'hf-hub:': "),
+    ("--model local-dir:/no/such/folder", "no model 'local-dir:/no/such/folder': "),
+    (f"--model {NAME} --batch-size 0", "--batch-size must be above 0"),
+    (f"--model {NAME}.zoo", f"no weights of {NAME}.zoo ship; there are pcdeq1_l_relu6_mnist.paper, "),
+    ("--model pcdeq1_mc_tanh_svhn", "no weights of pcdeq1_mc_tanh_svhn.paper are published yet"),
+    (f"--model {NAME} --data /no/such/folder", "no data folder /no/such/folder"),
+    (f"--model {NAME} --checkpoint /no/such/file", "there is no file /no/such/file"),
+    (f"--model {NAME} --output /no/such/folder/row.csv", "there is no folder /no/such/folder"),
+    (f"--model {NAME} --output FOLDER/row.txt", "wanted a name that ends in .csv"),
+    (f"--model {NAME} --output FOLDER/theirs.csv", "there is a file that this program did not write"),
+    (f"--model {NAME} --output FOLDER/link.csv", "there is something else of that name"),
+    (f"--model {NAME} --output FOLDER/folder.csv", "there is something else of that name"),
+    ("--run FOLDER", "is not a run of train.py: it has no run.json"),
+    (f"--run FOLDER --model {NAME}", "argument --model: not allowed with argument --run"),
+    ("", "one of the arguments --model --run is required"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), EVALUATE)
+def test_evaluate(tmp_path, refuse, arguments: str, message: str):
+    (tmp_path / "theirs.csv").write_text("a document")
+    (tmp_path / "link.csv").symlink_to(tmp_path / "theirs.csv")
+    (tmp_path / "folder.csv").mkdir()
+    line = refuse(evaluate.main, arguments.replace("FOLDER", str(tmp_path)))
+    one_line_only(line)
+    assert message in line
+    assert (tmp_path / "theirs.csv").read_text() == "a document"
+
+
+SWEEP = [
+    ("resnet*", "no model matches resnet*; the zoo has "),
+    ("*_l_* --jobs 0", "--jobs must be above 0, got 0"),
+    ("*_l_* --threads 0", "--threads must be above 0, got 0"),
+    ("*_l_* --seeds -1", "--seeds must be at least 0 and below 4294967296, got -1"),
+    ("*_l_* --seeds 4294967296", "--seeds must be at least 0 and below 4294967296, got 4294967296"),
+    *(
+        (f"*_l_* -- {flag}", f"{flag.split()[0]} is what a sweep says itself; it cannot follow --")
+        for flag in ("--seed 7", "--seed=7", "--model x", "--recipe zoo", "--output x", "--resume")
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), SWEEP)
+def test_sweep(tmp_path, monkeypatch, refuse, arguments: str, message: str):
+    monkeypatch.chdir(tmp_path)
+    line = refuse(sweep.main, arguments)
+    one_line_only(line)
+    assert message in line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "tag", ["", "main", "HEAD", "..", "a..b", "-x", ".x", "x.", "x.lock", "a/b", "a b", "ä\n", "v1\n"]
+)
+def test_publish_takes_no_such_tag(tag: str):
+    with pytest.raises(PublishError, match=r"^a tag is letters, digits, ") as caught:
+        publish("alice", "pcdeq1_l_tanh_*", tag, dry_run=True)
+    one_line_only(str(caught.value))
+
+
+@pytest.mark.parametrize("tag", ["v0.1.0", "v0.1.0-rc1", "1", "x_y"])
+def test_publish_takes_such_a_tag(tag: str, capsys):
+    pcdeq_zoo.publish.publish("alice", "pcdeq1_l_tanh_*", tag, dry_run=True)
+    assert f"tag {tag}:" in capsys.readouterr().out
+
+
+class TestDamagedRuns:
+    """A finished run whose files are no longer what was written."""
+
+    @pytest.fixture
+    def copy(self, run: Path, tmp_path) -> Path:
+        return Path(shutil.copytree(run, tmp_path / "run"))
+
+    @pytest.mark.parametrize(
+        ("file", "content", "message"),
+        [
+            ("run.json", b"", "run.json is not what train.py wrote: Expecting value"),
+            ("run.json", b"[]", "run.json is not what train.py wrote: it holds a list"),
+            ("run.json", b"\xff\xfe", "run.json is not what train.py wrote: "),
+            ("run.json", b"{}", "holds a run with other settings: model None there"),
+            ("results.csv", b"", "results.csv is not what train.py wrote; remove it to measure again"),
+            ("results.csv", b"model\nresnet18.paper\n", "results.csv is not what train.py wrote; remove it"),
+            ("model.safetensors", b"garbage", "is not the file that results.csv was measured on; remove results.csv"),
+        ],
+    )
+    def test_resume(self, copy: Path, refuse, file: str, content: bytes, message: str):
+        (copy / file).write_bytes(content)
+        line = refuse(train.main, f"{SHORT.partition(' ')[2]} --output {copy} --resume")
+        one_line_only(line)
+        assert message in line
+        assert (copy / file).read_bytes() == content
+
+    @pytest.mark.parametrize(
+        ("file", "content", "message"),
+        [
+            ("run.json", b"{}", "is not what train.py wrote: KeyError: 'model'"),
+            ("run.json", b'{"model": "resnet18"}', "is not what train.py wrote: KeyError: 'resnet18'"),
+            ("log.jsonl", b"{", "is not what train.py wrote: JSONDecodeError"),
+            ("log.jsonl", b"3\n", "is not what train.py wrote: TypeError"),
+            ("model.safetensors", b"garbage", "is not a readable checkpoint: got 7 bytes"),
+        ],
+    )
+    def test_evaluate(self, copy: Path, refuse, file: str, content: bytes, message: str):
+        (copy / file).write_bytes(content)
+        line = refuse(evaluate.main, f"--run {copy} --data sample")
+        one_line_only(line)
+        assert message in line
+
+    def test_only_a_measurement_of_other_weights_is_taken_back(self, copy: Path, monkeypatch, capsys):
+        (copy / "results.csv").unlink()
+        monkeypatch.setattr(sys, "argv", [*SHORT.split(), f"--output={copy}", "--resume"])
+        train.main()
+        assert "accuracy" in capsys.readouterr().out
+        assert row_of(copy).row["seed"] == "0"
+
+
+def test_a_failed_start_leaves_no_run(tmp_path, monkeypatch, refuse):
+    run = tmp_path / "run"
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise SystemExit("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.timm, "create_model", fail)
+        assert refuse(train.main, f"{SHORT.partition(' ')[2]} --output {run}") == "no memory"
+    monkeypatch.setattr(sys, "argv", [*SHORT.split(), "--epochs=1", f"--output={run}"])
+    train.main()
+    assert (run / "results.csv").exists()
+
+
+@pytest.mark.filterwarnings("ignore::pcdeq_zoo.ConvergenceWarning")
+def test_a_run_that_diverges_ends(tmp_path, refuse):
+    """At the first loss that is no number, with the last good state, and so again when it is resumed."""
+    run = tmp_path / "run"
+    arguments = f"--model {NAME} --data sample --limit-train 640 --epochs 3 --save-every 1 --lr 1e30 --output {run}"
+    line = refuse(train.main, arguments)
+    one_line_only(line)
+    assert line.startswith("epoch 1, step ")
+    assert "try another --lr in another --output" in line
+    assert not (run / "model.safetensors").exists()
+    log = run / "log.jsonl"
+    assert not log.exists() or all(json.loads(text) for text in log.read_text().splitlines())
+    again = refuse(train.main, f"{arguments} --resume")
+    assert "so the run ends here" in again
+
+
+def test_a_name_that_the_terminal_cannot_show(tmp_path, run: Path):
+    """The training is finished, and must end well, whatever the folder is called."""
+    folder = tmp_path / "häll-日本"
+    shutil.copytree(run, folder)
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"}
+    command = [sys.executable, *f"{SHORT} --output {folder} --resume".split()]
+    done = subprocess.run(command, cwd=Path(train.__file__).parents[1], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "is finished" in done.stdout

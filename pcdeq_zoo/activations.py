@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 __all__ = ["ACTIVATIONS", "Activation"]
 
@@ -33,14 +33,14 @@ class Activation(NamedTuple):
         derivative_of_output: σ′(p) as a function of σ(p) where that is as good; it saves the gradient a product with W.
         ulps: Rounding errors of one evaluation beside those of W z, in units of the last place: the input map's
             exponential (raised to the fifth power) and logarithm, the addition and σ.
-        module: σ as a module that TorchScript and the exporters take.
+        function: σ as TorchScript and the exporters take it.
     """
 
     pcdeq: Literal[1, 2]
     supremum: float
     evaluate: Callable[[Tensor, Tensor | None], Tensor]
     derivative: Callable[[Tensor], Tensor]
-    module: Callable[[], nn.Module]
+    function: Callable[[Tensor], Tensor]
     derivative_of_output: Callable[[Tensor], Tensor] | None = None
     ulps: float = 40
 
@@ -80,27 +80,27 @@ ACTIVATIONS = {
         evaluate=lambda p, out: torch.clamp(p, max=6, out=out),
         derivative=_relu6_derivative,
         derivative_of_output=_relu6_derivative,
-        module=nn.ReLU6,
+        function=F.relu6,
     ),
     "tanh": Activation(
         pcdeq=1,
         supremum=1.0,
         evaluate=lambda p, out: torch.tanh(p, out=out),
         derivative=_tanh_derivative,
-        module=nn.Tanh,
+        function=torch.tanh,
     ),
     "softsign": Activation(
         pcdeq=1,
         supremum=1.0,
         evaluate=lambda p, out: torch.div(p, p + 1, out=out),
         derivative=lambda p: (p + 1).square_().reciprocal_(),
-        module=nn.Softsign,
+        function=F.softsign,
     ),
     "sigmoid": Activation(
         pcdeq=2,
         supremum=1.0,
         evaluate=lambda p, out: torch.sigmoid(p, out=out),
         derivative=_sigmoid_derivative,
-        module=nn.Sigmoid,
+        function=torch.sigmoid,
     ),
 }

@@ -1,36 +1,45 @@
-"""The equilibrium as a loop that TorchScript, torch.export, ONNX and torch.compile(fullgraph=True) take.
+"""A pcDEQ layer for TorchScript, torch.export, ONNX and torch.compile(fullgraph=True): one graph with a loop in it.
 
-They take neither autograd.Function nor the solver. For them a layer iterates plainly until the estimated error of each
-sample is below `tol`, see `estimated` in solver.py, without a certificate.
+The loop of `pcdeq_zoo.solver` once more, with the same criterion and extrapolation (`pcdeq_zoo.series`), in what these
+compilers understand. It knows no certificate, and goes on to an estimated error of `tol` / 100 instead: certified
+solves are far better than they can prove, and exported nets are to be no worse than they.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._higher_order_ops.while_loop import while_loop
+from torch._higher_order_ops import while_loop
 
 from pcdeq_zoo.activations import INPUT_FLOOR
+from pcdeq_zoo.series import aitken_rate, remaining_error
 
 __all__ = ["TraceableLoop"]
 
 
 class TraceableLoop(nn.Module):
-    """The part of a pcDEQ layer that these compilers see."""
+    """The part of a pcDEQ layer that these compilers see.
+
+    What the loop reads of the settings are tensors: torch.compile makes inputs of a graph of floats that change, and
+    takes none for a loop in it.
+    """
 
     _INPUT_FLOOR = INPUT_FLOOR
-    __constants__ = ("_INPUT_FLOOR", "kind", "max_evals", "tol")
+    _SAFETY = 0.01
+    _LEAST_TOL = 1e-6  # below, float32 iterates need not ever settle
+    __constants__ = ("_INPUT_FLOOR", "_LEAST_TOL", "_SAFETY", "kind", "max_evals", "supremum", "tol")
 
     if TYPE_CHECKING:  # TorchScript reads a class's annotations
         kind: int
+        supremum: float
         tol: float
         max_evals: int
-        sigma: nn.Module
+        sigma: Callable[[Tensor], Tensor]
 
     def _normalized_weight(self) -> Tensor:
         """W."""
@@ -40,32 +49,57 @@ class TraceableLoop(nn.Module):
         """W z."""
         raise NotImplementedError
 
-    def _start(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """W, x and the state of the iteration: z, its last relative change, which samples go on."""
+    def _problem_of(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """W, x, sup σ and the estimated error to stop at."""
         u = u.contiguous()  # the loop's state must keep its memory order, which exporters do not promise of others
         x = F.softplus(u, beta=5.0).clamp(min=self._INPUT_FLOOR) if self.kind == 1 else F.relu(u)
         weight = self._normalized_weight().to(x.dtype)
-        size = torch.full((x.shape[0],), math.inf, dtype=x.dtype, device=x.device)
-        return weight, x, self.sigma(x), size, torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
+        tol = torch.full((), max(self.tol * self._SAFETY, self._LEAST_TOL), dtype=x.dtype, device=x.device)
+        return weight, x, torch.full_like(tol, self.supremum), tol
+
+    def _start(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The state of the iteration: z, its last change, whether that was extrapolated, whether that still helps,
+        and which samples go on.
+        """
+        last = torch.zeros(x.shape[0], dtype=x.dtype, device=x.device)
+        no, yes = torch.zeros_like(last, dtype=torch.bool), torch.ones_like(last, dtype=torch.bool)
+        return self.sigma(x), last, no, yes, yes.clone()
 
     def _advance(
-        self, weight: Tensor, x: Tensor, z: Tensor, size: Tensor, running: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The state after one more evaluation of the samples that go on."""
-        new = self.sigma(self._product(z, weight) + x).contiguous()
-        new = torch.where(running.view([-1] + [1] * (x.ndim - 1)), new, z)
-        scale = new.flatten(1).abs().amax(dim=1, keepdim=True).clamp(min=1e-37)  # squares of tiny samples would vanish
-        norm = torch.linalg.vector_norm(new.flatten(1) / scale, dim=1)
-        change = torch.linalg.vector_norm((new - z).flatten(1) / scale, dim=1) / norm
-        rate = change / size
-        done = ((rate > 0) & (rate < 1) & (change * rate / (1 - rate) <= self.tol)) | (change == 0)
-        return new, change, running & ~done
+        self,
+        problem: tuple[Tensor, Tensor, Tensor, Tensor],
+        z: Tensor,
+        last: Tensor,
+        done: Tensor,
+        helps: Tensor,
+        running: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The state after one more pair of evaluations of the samples that go on."""
+        weight, x, supremum, tol = problem
+        z1 = self.sigma(self._product(z, weight) + x).contiguous()
+        z2 = self.sigma(self._product(z1, weight) + x).contiguous()
+        per_sample = [-1] + [1] * (x.ndim - 1)
+        with torch.no_grad():
+            d1, d2, end = (z1 - z).flatten(1), (z2 - z1).flatten(1), z2.flatten(1)
+            scale = torch.maximum(torch.maximum(end.abs(), d2.abs()), d1.abs()).amax(dim=1, keepdim=True)
+            scale = scale.clamp(min=1e-37)  # squares of tiny samples would vanish
+            d1, d2, end = d1 / scale, d2 / scale, end / scale
+            size1, size2 = torch.linalg.vector_norm(d1, dim=1), torch.linalg.vector_norm(d2, dim=1)
+            change = size2 / torch.linalg.vector_norm(end, dim=1)
+            ends = remaining_error(change, size1, size2) <= tol
+            helps = helps & ~(done & (size1 * scale[:, 0] > last))
+            rate = aitken_rate(d1, d2, size1, [1]) * helps.to(x.dtype)
+            factor = (rate / (1 - rate)).view(per_sample)
+        new = torch.minimum((z2 + factor * (z2 - z1)).clamp(min=0.0), supremum)
+        new = torch.where(running.view(per_sample), new, z)
+        return new, size2 * scale[:, 0], rate > 0, helps, running & ~ends
 
     def _scripted(self, u: Tensor) -> Tensor:
         """The equilibrium in TorchScript; autograd goes through the iterations."""
-        weight, x, z, size, running = self._start(u)
-        for _ in range(self.max_evals):
-            z, size, running = self._advance(weight, x, z, size, running)
+        problem = self._problem_of(u)
+        z, last, done, helps, running = self._start(problem[1])
+        for _ in range(self.max_evals // 2):
+            z, last, done, helps, running = self._advance(problem, z, last, done, helps, running)
             if not bool(running.any()):
                 break
         if bool(running.any()):
@@ -75,15 +109,16 @@ class TraceableLoop(nn.Module):
     @torch.jit.unused
     def _exported(self, u: Tensor) -> Tensor:
         """The equilibrium as a loop that torch.export, ONNX and torch.compile(fullgraph=True) keep."""
-        weight, x, z, size, running = self._start(u)
+        weight, x, supremum, tol = self._problem_of(u)
         if torch.compiler.is_exporting():  # exported programs have no gradient
-            weight, x, z = weight.detach(), x.detach(), z.detach()
+            weight, x = weight.detach(), x.detach()
+        problem = weight, x, supremum, tol
 
-        def goes_on(k: Tensor, z: Tensor, size: Tensor, running: Tensor) -> Tensor:
-            return (k < self.max_evals) & running.any()
+        def goes_on(left: Tensor, z: Tensor, last: Tensor, done: Tensor, helps: Tensor, running: Tensor) -> Tensor:
+            return (left >= 2) & running.any()
 
-        def body(k: Tensor, z: Tensor, size: Tensor, running: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-            return (k + 1, *self._advance(weight, x, z, size, running))
+        def body(left: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+            return (left - 2, *self._advance(problem, *state))
 
-        zero = torch.zeros((), dtype=torch.int64, device=x.device)
-        return while_loop(goes_on, body, (zero, z, size, running))[1]
+        left = torch.full((), self.max_evals, dtype=torch.int64, device=x.device)
+        return while_loop(goes_on, body, (left, *self._start(x)))[1]

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.fx import Proxy
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from pcdeq_zoo.activations import ACTIVATIONS, Activation
@@ -25,7 +26,7 @@ from pcdeq_zoo.operators import full_precision, operator
 from pcdeq_zoo.solution import Direction, Solution, Status, announce
 from pcdeq_zoo.solver import Solver
 from pcdeq_zoo.state_dict import WeightsError, check_tensor
-from pcdeq_zoo.transforms import folded, refuse_legacy_vmap, transformed
+from pcdeq_zoo.transforms import folded, leaf, refuse_legacy_vmap, transformed
 
 __all__ = ["PcDEQConv2d", "PcDEQLinear", "project"]
 
@@ -210,8 +211,9 @@ class _PcDEQLayer(TraceableLoop):
         if solver is not None and not isinstance(solver, Solver):
             raise TypeError(f"solver must be a Solver or None, got {solver!r}")
         self.activation = activation
-        self.sigma = ACTIVATIONS[activation].module()
+        self.sigma = ACTIVATIONS[activation].function
         self.kind = ACTIVATIONS[activation].pcdeq
+        self.supremum = ACTIVATIONS[activation].supremum
         self.exportable = False
         self.solver = Solver() if solver is None else solver
         rows = (weight_shape[0], *[1] * (len(weight_shape) - 1))
@@ -290,6 +292,9 @@ class _PcDEQLayer(TraceableLoop):
 
     def forward(self, u: Tensor) -> Tensor:
         """Equilibrium of each sample for any real u; same shape and dtype as u. Half precision is solved in float32."""
+        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript takes it nested only
+            if isinstance(u, Proxy):
+                return leaf(self, u)
         v = self._prepare(u)
         if torch.jit.is_scripting():
             return self._scripted(v).reshape(u.shape).to(u.dtype)
@@ -344,6 +349,11 @@ class _PcDEQLayer(TraceableLoop):
     @torch.jit.unused
     @torch.compiler.disable  # branches on tensor values; `exportable` has a loop that does not
     def _implicit(self, u: Tensor) -> Tensor:
+        if torch.jit.is_tracing():
+            raise NotImplementedError(
+                "torch.jit.trace would fix the number of evaluations and the batch; use torch.jit.script on a model "
+                "made with scriptable=True, or torch.export on one made with exportable=True"
+            )
         weight, problem = self._normalized_weight().to(u.dtype), self._problem()
         tangents = (forward_ad.unpack_dual(tensor).tangent for tensor in (u, weight))
         if torch.is_grad_enabled() or transformed() or any(tangent is not None for tangent in tangents):
@@ -431,7 +441,10 @@ class PcDEQLinear(_PcDEQLayer):
     def _to_shape(self, u: Tensor) -> Tensor:
         features = self.direction.shape[1]
         if u.ndim < 2 or u.flatten(1).shape[1] != features:
-            raise ValueError(f"PcDEQLinear takes (N, ...) with {features} entries per sample, got {u.shape}")
+            raise ValueError(
+                f"PcDEQLinear takes (N, ...) with {features} entries per sample, got {u.shape}; give it a sequence "
+                "(N, T, features) as x.flatten(0, 1)"
+            )
         return u.flatten(1)
 
     def _product(self, z: Tensor, weight: Tensor) -> Tensor:

@@ -131,8 +131,11 @@ class EquilibriumMap(FixedPointMap):
 
     @cached_property
     def x(self) -> Tensor:
-        """The mapped input, shape (N, ...)."""
-        return self.activation.input_map(self.u)
+        """The mapped input, shape (N, ...); NaN where u is infinite, for what overflowed before it is no input."""
+        x = self.activation.input_map(self.u)
+        if self.u.device.type != "cpu" or not math.isfinite(self.u.sum().item()):
+            x += self.u - self.u
+        return x
 
     @property
     def start(self) -> Tensor:  # type: ignore[override]

@@ -15,8 +15,6 @@ from timm.layers import (
     SelectAdaptivePool2d,
     get_device_dtype,
     is_exportable,
-    register_notrace_function,
-    register_notrace_module,
     to_2tuple,
 )
 from timm.models import (
@@ -44,14 +42,9 @@ __all__ = ["PcDEQ"]
 # the 7 x 7 positions that MC has at the end, the pool sees the first 4 x 4.
 _POOL_WINDOWS = {"l": 1, "sc": 8, "mc": 4}
 
-# For torch.fx: the layers' loops have a length that depends on the data, the pool asks whether gradients are wanted.
-for _leaf in (PcDEQLinear, PcDEQConv2d, CompactMaxPool2d):
-    register_notrace_module(_leaf)
-
 _POOL_TYPES = ("paper", "avg", "max", "avgmax", "catavgmax", "")
 
 
-@register_notrace_function  # raises on what it sees
 def check_images(x: Tensor, in_chans: int, img_size: tuple[int, int]) -> None:
     """Raise one line that says what is wrong with a batch of images, if anything is."""
     height, width = img_size
@@ -59,13 +52,16 @@ def check_images(x: Tensor, in_chans: int, img_size: tuple[int, int]) -> None:
         raise ValueError(f"got images of shape {x.shape}, this model takes (N, {in_chans}, {height}, {width})")
     if not x.is_floating_point():
         raise TypeError(f"got {x.dtype} images, this model takes floating point: scale to [0, 1], then mean and std")
-    if torch.compiler.is_compiling() or x.is_meta:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.is_meta:
         return  # a graph cannot look at its data
     if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript takes it nested only
         if transformed():
             return  # nor can torch.func.vmap
     if not bool(x.isfinite().all()):
         raise ValueError("got images with NaN or infinite pixels, this model takes finite ones")
+
+
+torch.fx.wrap("check_images")  # raises on what it sees, so it must be one node of a graph
 
 
 class PcDEQHead(nn.Module):

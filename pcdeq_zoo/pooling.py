@@ -7,9 +7,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from pcdeq_zoo.maps import cache_blocks
-from pcdeq_zoo.transforms import folded, refuse_legacy_vmap
+from pcdeq_zoo.transforms import folded, leaf, refuse_legacy_vmap
 
 __all__ = ["CompactMaxPool2d"]
 
@@ -90,6 +91,9 @@ class CompactMaxPool2d(nn.MaxPool2d):
         super().__init__(3, stride=1, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript takes it nested only
+            if isinstance(x, Proxy):
+                return leaf(self, x)
         if torch.jit.is_scripting() or torch.compiler.is_compiling():
             return F.max_pool2d(x, self.kernel_size, self.stride, self.padding)
         else:

@@ -23,14 +23,12 @@ from torch import Tensor
 
 from pcdeq_zoo.certificate import Witness, error_bound, find_witness, no_witness
 from pcdeq_zoo.maps import EquilibriumMap, FixedPointMap, FunctionMap, Pair, per_sample
+from pcdeq_zoo.series import aitken_rate, remaining_error
 from pcdeq_zoo.solution import OnFailure, Solution, Status
 
 __all__ = ["Solver", "Stop", "solve"]
 
 Stop = Literal["certified", "estimated", "residual"]
-
-# Largest rate that an extrapolation believes: it multiplies the last change by at most 19.
-_MAX_RATE = 0.95
 
 
 class Verdict(NamedTuple):
@@ -52,7 +50,7 @@ def residual(map_: FixedPointMap, pair: Pair, number: int, tol: float, before: W
 
 def estimated(map_: FixedPointMap, pair: Pair, number: int, tol: float, before: Witness | None) -> Verdict:
     """The error ‖d₂‖ r / (1 − r) that is left if changes go on as a geometric series with r = ‖d₂‖ / ‖d₁‖, relative."""
-    return Verdict(pair.change * pair.size2 / (pair.size1 - pair.size2).clamp_(min=1e-37))  # 0 where nothing changes
+    return Verdict(remaining_error(pair.change, pair.size1, pair.size2))
 
 
 def certified(map_: FixedPointMap, pair: Pair, number: int, tol: float, before: Witness | None) -> Verdict:
@@ -93,8 +91,7 @@ def extrapolate(pair: Pair, before: Extrapolation, allowed: Tensor | None) -> tu
     Returns:
         The next iterate, shape (N, ...), z₂ where it is not extrapolated; and the state for the next pair.
     """
-    rate = (pair.d2 * pair.d1).sum(pair.dims).div_(pair.size1 * pair.size1).nan_to_num_(0, 0, 0)
-    rate = rate.masked_fill_(rate >= 1, 0).clamp_(0, _MAX_RATE)
+    rate = aitken_rate(pair.d1, pair.d2, pair.size1, pair.dims)
     helps = before.helps & ~(before.done & (pair.size1 > before.last_size))
     rate *= helps if allowed is None else helps & allowed
     z = torch.addcmul(pair.z2, per_sample(rate / (1 - rate), pair.z2), pair.d2)

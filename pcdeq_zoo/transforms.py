@@ -1,13 +1,21 @@
-"""What autograd functions of samples have in common under torch.func: vmap is a larger batch."""
+"""How layers go through torch.func, where vmap is a larger batch, and through torch.fx, where they are leaves."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.fx import Proxy
 
-__all__ = ["folded", "refuse_legacy_vmap", "transformed"]
+__all__ = ["folded", "leaf", "refuse_legacy_vmap", "transformed"]
+
+
+def leaf(module: nn.Module, x: Proxy) -> Proxy:
+    """A module as one node of the graph that torch.fx is tracing, whatever its tracer takes for leaves."""
+    tracer: Any = x.tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), (x,), {})
 
 
 def transformed() -> bool:

@@ -54,6 +54,7 @@ from tqdm import tqdm
 from pcdeq_zoo import DataError, PcDEQLinear, Recipe, WeightsError, record_solves
 from pcdeq_zoo.data import load, normalize
 from pcdeq_zoo.files import replace_file, weights_bytes
+from pcdeq_zoo.state_dict import check_state_dict
 from pcdeq_zoo.weights import read_rows, sha256
 
 
@@ -239,8 +240,11 @@ class Training:
     def save(self) -> None:
         """Write the state. It is the same in all processes, but for the sums."""
         progress = self.progress
-        if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
-            self._refuse_to_go_on("the weights are not finite")
+        state = self.model.state_dict()
+        try:
+            check_state_dict(state, state)
+        except WeightsError as error:
+            self._refuse_to_go_on(str(error))
         progress.sums = sum_over_processes(self.accelerator, progress.sums)
         if self.accelerator.is_main_process:
             name = f"epoch-{progress.epoch:04}-step-{progress.step:06}"

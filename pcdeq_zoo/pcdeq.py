@@ -413,7 +413,10 @@ default_cfgs = generate_default_cfgs(_default_cfgs())
 
 def _create_pcdeq(variant: Variant, pretrained: bool = False, **kwargs: Any) -> PcDEQ:
     overlay = kwargs.get("pretrained_cfg_overlay") or {}
-    cfg = resolve_pretrained_cfg(variant.name, kwargs.get("pretrained_cfg"), overlay)
+    try:
+        cfg = resolve_pretrained_cfg(variant.name, kwargs.get("pretrained_cfg"), overlay)
+    except TypeError as error:  # a key that timm does not know
+        raise WeightsError(f"the pretrained_cfg of these weights is none of timm's: {error}") from error
     file = verified_file(cfg, kwargs.get("cache_dir")) if pretrained else None
     check_config(variant, cfg, kwargs.get("pretrained_model_args") or {}, kwargs if pretrained else {})
     if pretrained:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import json
 import re
 import shutil
 import sys
@@ -55,8 +56,17 @@ def write_folder(checkpoint: Checkpoint, repository: str, tag: str, folder: Path
     shutil.copyfile(checkpoint.file, folder / "model.safetensors")
     shutil.copyfile(checkpoint.log, folder / "log.jsonl")
     write_rows(folder / "results.csv", [checkpoint.row])
-    save_config_for_hf(timm.create_model(checkpoint.name), str(folder / "config.json"))
+    _write_config(checkpoint, folder / "config.json")
     model_card(checkpoint, repository, tag).save(folder / "README.md")
+
+
+def _write_config(checkpoint: Checkpoint, file: Path) -> None:
+    """timm's config, as transformers takes it too: the labels at the root, the number of classes not in model_args."""
+    save_config_for_hf(timm.create_model(checkpoint.name), str(file))
+    config = json.loads(file.read_text("utf-8"))
+    config["model_args"].pop("num_classes", None)
+    config["label_names"] = config["pretrained_cfg"].pop("label_names")
+    file.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 
 def _same(api: HfApi, repository: str, revision: str, files: Iterable[Path]) -> bool:

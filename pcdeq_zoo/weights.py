@@ -189,6 +189,11 @@ _CONFIG_ARGS: dict[str, tuple[type, ...]] = {
     "on_failure": (str,),
 }
 _LOOSEST_TOL = 1e-2
+_LARGEST_SIZE = 2**16
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= _LARGEST_SIZE
 
 
 def check_config(variant: Variant, cfg: PretrainedCfg, stored: dict[str, Any], asked: dict[str, Any]) -> None:
@@ -205,12 +210,24 @@ def check_config(variant: Variant, cfg: PretrainedCfg, stored: dict[str, Any], a
     """
     if cfg.architecture != variant.name:
         raise WeightsError(f"a config of {variant.name} whose pretrained_cfg is of {cfg.architecture!r}")
+    size = cfg.input_size
+    if (
+        not isinstance(size, list | tuple)
+        or len(size) != 3
+        or not all(type(n) is int and 0 < n < _LARGEST_SIZE for n in size)
+    ):
+        raise WeightsError(f"the config of these weights has input_size {size!r}, wanted channels, height, width")
+    if not _is_size(cfg.num_classes):
+        raise WeightsError(f"the config of these weights has num_classes {cfg.num_classes!r}, wanted a number")
     for key, value in stored.items():
         if key not in _CONFIG_ARGS:
             raise WeightsError(f"the config of these weights sets {key!r}; it may set {', '.join(_CONFIG_ARGS)}")
         if isinstance(value, bool) or not isinstance(value, _CONFIG_ARGS[key]):
             kinds = " or ".join(kind.__name__ for kind in _CONFIG_ARGS[key])
             raise WeightsError(f"the config of these weights sets {key} to {value!r}, wanted {kinds}")
+        numbers = value if isinstance(value, list | tuple) else [value] * isinstance(value, int)
+        if not all(map(_is_size, numbers)):
+            raise WeightsError(f"the config of these weights sets {key} to {value!r}, wanted 0 to {_LARGEST_SIZE}")
     if stored.get("num_classes", cfg.num_classes) != cfg.num_classes:
         raise WeightsError(
             f"the config of these weights contradicts itself: num_classes {cfg.num_classes}, and "

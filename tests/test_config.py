@@ -41,12 +41,24 @@ def top(**values: object):
     return lambda config: config.update(values)
 
 
+def own_input_size(value: object):
+    """Without model_args, from which timm makes it."""
+    return lambda config: config.update(model_args={}) or config["pretrained_cfg"].update(input_size=value)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (top(num_classes=0), "contradicts itself: num_classes 0, and 10 in model_args|have 10 classes, .* says 0"),
         (model_args(num_classes=9), "contradicts itself: num_classes 10, and 9 in model_args"),
         (top(num_classes=9, model_args={"num_classes": 9}), "these weights have 10 classes, and their config says 9"),
+        (own_input_size([1, 28]), r"has input_size \[1, 28\], wanted channels, height, width"),
+        (own_input_size("x"), "has input_size 'x', wanted channels, height, width"),
+        (top(num_classes="x", model_args={}), "has num_classes 'x', wanted a number"),
+        (pretrained_cfg(nonsense=1), "pretrained_cfg of these weights is none of timm's: .* 'nonsense'"),
+        (model_args(in_chans=10**20), "has input_size .1000.*, 28, 28.?, wanted channels"),
+        (model_args(img_size=[28, -1]), "has input_size .*, wanted channels, height, width"),
+        (model_args(channels=["a"]), r"sets channels to \['a'\], wanted 0 to 65536"),
         (model_args(num_classes="10"), "sets num_classes to '10', wanted int"),
         (model_args(num_classes=True), "sets num_classes to True, wanted int"),
         (model_args(activation="tanh"), "are of activation='relu6', got 'tanh'"),
@@ -54,7 +66,7 @@ def top(**values: object):
         (model_args(pretrained_strict=False), "sets 'pretrained_strict'; it may set num_classes, "),
         (model_args(features_only=True), "sets 'features_only'; it may set num_classes, "),
         (model_args(tol=1e9), "sets tol to 1000000000.0, wanted at most 0.01"),
-        (model_args(tol=-1), "sets tol to -1, wanted at most 0.01"),
+        (model_args(tol=-1), "sets tol to -1, wanted "),
         (model_args(tol=float("nan")), "sets tol to nan, wanted at most 0.01"),
         (model_args(on_failure="ignore"), "sets on_failure='ignore'; only its user may"),
         (model_args(in_chans=3), r"features.conv1.weight is \(80, 1, 28, 28\), wanted \(80, 3, 28, 28\)"),

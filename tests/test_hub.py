@@ -174,6 +174,8 @@ class TestPublish:
             assert files["model.safetensors"]["size"] == int(checkpoint.row["bytes"])
             config = json.loads(hub.blob(f"{NAMESPACE}/{name}", "config.json").read_text())
             assert config["architecture"] == checkpoint.variant.name
+            assert config["label_names"] == list(checkpoint.variant.dataset.classes)  # where transformers looks
+            assert "num_classes" not in config["model_args"]
             assert str(ROOT) not in json.dumps(config)
 
     def test_again_changes_nothing(self, hub: Hub):

@@ -369,25 +369,25 @@ def _prefers_hub() -> bool:
     return choice == "hub"
 
 
-def _unreachable(endpoint: str) -> str:
-    """Why a server cannot be reached, or nothing: huggingface_hub tries for half a minute before it says so."""
+def _check_reachable(endpoint: str) -> None:
+    """Raise OSError at once where a server cannot be reached: huggingface_hub tries for half a minute before it does."""
     if getproxies():
-        return ""  # and so cannot be asked directly
+        return  # and so cannot be asked directly
     address = urlsplit(endpoint)
+    port = address.port or {"http": 80}.get(address.scheme, 443)
     try:
-        socket.create_connection((address.hostname, address.port or {"http": 80}.get(address.scheme, 443)), 10).close()
+        socket.create_connection((address.hostname, port), timeout=10).close()
     except OSError as error:
-        return str(error)
-    return ""
+        raise OSError(f"{endpoint} cannot be reached: {error}") from error
 
 
 def _download(filename: str, cfg: PretrainedCfg, name: str, cache_dir: str | Path | None, verify: bool) -> Path:
     """A file of a Hub repository, from the cache or the network; with `verify` it must be what the Hub says it is."""
     repository, _, revision = str(cfg.hf_hub_id).partition("@")
-    cached = try_to_load_from_cache(repository, filename, cache_dir, revision or None)
-    if not isinstance(cached, str) and not constants.HF_HUB_OFFLINE and (reason := _unreachable(constants.ENDPOINT)):
-        raise WeightsError(f"weights of {name}: the Hub cannot be reached at {constants.ENDPOINT}: {reason}")
     try:
+        cached = try_to_load_from_cache(repository, filename, cache_dir, revision or None)
+        if not isinstance(cached, str) and not constants.HF_HUB_OFFLINE:
+            _check_reachable(constants.ENDPOINT)
         path = Path(hf_hub_download(repository, filename, revision=revision or None, cache_dir=cache_dir))
     except (HTTPError, HFValidationError, OSError) as error:
         reason = " ".join(str(error).split())

@@ -59,7 +59,7 @@ def test_a_recipe_of_other_length():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"epochs": 0}, "epochs must be above 0, got 0"),
+        ({"epochs": 0}, "epochs must be above 0 and below 10000, got 0"),
         ({"lr": float("nan")}, "lr must be above 0, got nan"),
         ({"tol": float("inf")}, "tol must be above 0, got inf"),
         ({"warmup": 1.0}, "warmup must be above 0 and below 1, got 1.0"),

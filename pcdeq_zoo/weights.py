@@ -370,7 +370,7 @@ def _prefers_hub() -> bool:
 
 
 def _check_reachable(endpoint: str) -> None:
-    """Raise OSError at once where a server cannot be reached: huggingface_hub tries for half a minute before it does."""
+    """Raise OSError at once where a server cannot be reached: huggingface_hub tries for half a minute first."""
     if getproxies():
         return  # and so cannot be asked directly
     address = urlsplit(endpoint)

@@ -60,6 +60,19 @@ def refuse(monkeypatch, capsys):
     return run
 
 
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """Run a recipe's main in this process, and return what it prints."""
+
+    def run(main, arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["recipe", *arguments.split()])
+        capsys.readouterr()
+        main()
+        return capsys.readouterr().out
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def run(tmp_path_factory) -> Path:
     """A finished run: two epochs on 640 images, started as the README says."""

@@ -159,7 +159,7 @@ def test_features(name: str):
         model.forward_intermediates(x, output_fmt="NLC")
 
 
-@every_size
+@some_models
 def test_pruning(name: str):
     model, x = make(name), images(name)
     taps = model.forward_intermediates(x, intermediates_only=True)
@@ -177,7 +177,7 @@ def test_pruning(name: str):
     assert last.prune_intermediate_layers(1) == [2]
 
 
-@every_size
+@some_models
 def test_gradient_checkpointing_changes_nothing(name: str):
     model, x = make(name), images(name)
     model.requires_grad_()
@@ -218,7 +218,7 @@ def test_dtype_at_construction_and_after(name: str, dtype: torch.dtype):
         assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-@every_size
+@some_models
 def test_scripting(name: str):
     model, x = make(name, scriptable=True, tol=1e-5, stop="estimated"), images(name)
     with warnings.catch_warnings():

@@ -30,7 +30,7 @@ from pcdeq_zoo.weights import sha256
 from tools import ship
 
 
-def test_what_a_run_leaves(run: Path):
+def test_what_a_run_leaves(run: Path, here):
     files = sorted(file.name for file in run.iterdir() if file.name != ".lock")
     assert files == ["log.jsonl", "model.safetensors", "results.csv", "run.json"]
     log = log_of(run)
@@ -50,13 +50,12 @@ def test_what_a_run_leaves(run: Path):
     assert (run / "model.safetensors").stat().st_mode & 0o777 == 0o644
     assert float(row["top1"]) > 50  # 20 steps from chance
     assert (row["epochs"], row["seed"], row["hardware"].split()[1]) == ("2", "0", "CPU")
-    done = launch(f"recipes/evaluate.py --model {NAME} --data sample --checkpoint {run / 'model.safetensors'}")
-    assert done.returncode == 0, done.stderr
-    measured = json.loads(done.stdout)
+    printed = here(evaluate.main, f"--model {NAME} --data sample --checkpoint {run / 'model.safetensors'}")
+    measured = json.loads(printed)
     assert {key: str(value) for key, value in measured.items()} == {key: row[key] for key in measured}
     before = (run / "results.csv").read_bytes()
     (run / "results.csv").unlink()
-    assert launch(f"recipes/evaluate.py --run {run} --data sample").returncode == 0
+    here(evaluate.main, f"--run {run} --data sample")
     assert (run / "results.csv").read_bytes() == before
 
 
@@ -97,8 +96,8 @@ def whole(tmp_path_factory) -> Callable[[int], Path]:
     return run
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_killed_and_resumed_is_as_if_nothing_had_happened(tmp_path, whole, processes: int):
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_killed_and_resumed_is_as_if_nothing_had_happened(tmp_path, whole, here, refuse, processes: int):
     """kill -9 in the middle of an epoch: the same bits in the end, and the same log."""
     broken = tmp_path / "broken"
     process = subprocess.Popen(
@@ -114,8 +113,8 @@ def test_killed_and_resumed_is_as_if_nothing_had_happened(tmp_path, whole, proce
     process.kill()
     process.wait()
     if processes == 1:  # the training itself is alive, and a second one must not write beside it
-        second = launch(f"{EVERYTHING}{broken} --resume")
-        assert f"another process is training in {broken}" in second.stderr
+        second = refuse(train.main, f"{EVERYTHING.partition(' ')[2]}{broken} --resume")
+        assert second == f"another process is training in {broken}"
     for child in children:
         child.kill()
     psutil.wait_procs(children)
@@ -131,9 +130,8 @@ def test_killed_and_resumed_is_as_if_nothing_had_happened(tmp_path, whole, proce
     assert not (broken / "state").exists()
     if processes == 1:  # the same from a state that was put aside, in another folder
         state = max(saved.glob("epoch-*"))  # the kill may have come before the older one was removed
-        elsewhere = launch(f"{EVERYTHING}{tmp_path / 'elsewhere'} --resume {state}")
-        assert elsewhere.returncode == 0, elsewhere.stderr
-        assert f"resumed from {state}" in elsewhere.stdout
+        printed = here(train.main, f"{EVERYTHING.partition(' ')[2]}{tmp_path / 'elsewhere'} --resume {state}")
+        assert f"resumed from {state}" in printed
         two = load_file(tmp_path / "elsewhere" / "model.safetensors")
         assert all(torch.equal(one[key], two[key]) for key in one)
         assert log_of(whole(1)) == log_of(tmp_path / "elsewhere")
@@ -164,25 +162,23 @@ def test_a_launcher_that_is_ended_ends_its_training(tmp_path):
     assert not (run / "model.safetensors").exists()
 
 
-def test_killed_before_the_first_state(run: Path, tmp_path):
+def test_killed_before_the_first_state(run: Path, tmp_path, here):
     """With nothing but what is written before it: run.json, and a line in the log of an epoch without its state."""
     broken = tmp_path / "broken"
     (broken / "state" / ".writing-epoch").mkdir(parents=True)
     shutil.copy(run / "run.json", broken)
     (broken / "log.jsonl").write_text((run / "log.jsonl").read_text().splitlines(keepends=True)[0])
-    done = launch(f"{SHORT} --output {broken} --resume")
-    assert done.returncode == 0, done.stderr
+    here(train.main, f"{SHORT.partition(' ')[2]} --output {broken} --resume")
     assert log_of(broken) == log_of(run)
 
 
-def test_a_finished_run_is_never_overwritten(run: Path, refuse):
+def test_a_finished_run_is_never_overwritten(run: Path, here, refuse):
     before = sha256(run / "model.safetensors")
     message = refuse(train.main, f"--model {NAME} --data sample --epochs 1 --output {run}")
     assert message == f"{run} already holds a run; give another --output, --resume it, or remove it"
     message = refuse(train.main, f"--model {NAME} --data sample --epochs 1 --limit-train 640 --output {run} --resume")
     assert message.startswith(f"{run} holds a run with other settings: recipe {{'epochs': 2, ")
-    done = launch(f"{SHORT} --output {run} --resume")
-    assert done.stdout.strip() == f"{run} is finished"
+    assert here(train.main, f"{SHORT.partition(' ')[2]} --output {run} --resume").strip() == f"{run} is finished"
     assert sha256(run / "model.safetensors") == before
 
 

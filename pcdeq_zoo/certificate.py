@@ -195,10 +195,10 @@ def enclosure(layer: PcDEQLinear | PcDEQConv2d, x: Tensor, *, tol: float = 1e-9,
         max_evals: Most evaluations from either side.
 
     Raises:
-        ValueError: An input with NaN, which has no equilibrium.
+        ValueError: An input with NaN or infinity, which has no equilibrium.
     """
-    if bool(x.isnan().any()):
-        raise ValueError(f"the input has {int(x.isnan().sum())} NaN entries, and so no equilibrium to enclose")
+    if bad := int((~x.isfinite()).sum()):
+        raise ValueError(f"the input has {bad} entries that are NaN or infinite, and so no equilibrium to enclose")
     map_ = layer.fixed_point_map(x).double()
     margin = rounding_error(map_, worst_case=True)
     with full_precision(x.device):

@@ -1,7 +1,7 @@
 """A pcDEQ layer for TorchScript, torch.export, ONNX and torch.compile(fullgraph=True): one graph with a loop in it.
 
 The loop of `pcdeq_zoo.solver` once more, with the same criterion and extrapolation (`pcdeq_zoo.series`), in what these
-compilers understand. It knows no certificate, and goes on to an estimated error of `tol` / 100 instead: certified
+compilers understand. It knows no certificate, and goes on to an estimated error of 0.003 `tol` instead: certified
 solves are far better than they can prove, and exported nets are to be no worse than they.
 """
 
@@ -30,9 +30,8 @@ class TraceableLoop(nn.Module):
     """
 
     _INPUT_FLOOR = INPUT_FLOOR
-    _SAFETY = 0.01
-    _LEAST_TOL = 1e-6  # below, float32 iterates need not ever settle
-    __constants__ = ("_INPUT_FLOOR", "_LEAST_TOL", "_SAFETY", "kind", "max_evals", "supremum", "tol")
+    _SAFETY = 0.003
+    __constants__ = ("_INPUT_FLOOR", "_SAFETY", "kind", "max_evals", "supremum", "tol")
 
     if TYPE_CHECKING:  # TorchScript reads a class's annotations
         kind: int
@@ -49,13 +48,14 @@ class TraceableLoop(nn.Module):
         """W z."""
         raise NotImplementedError
 
-    def _problem_of(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """W, x, sup σ and the estimated error to stop at."""
+    def _problem_of(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """W, x, sup σ, the estimated error to stop at, and the change that is nothing but rounding, both relative."""
         u = u.contiguous()  # the loop's state must keep its memory order, which exporters do not promise of others
         x = F.softplus(u, beta=5.0).clamp(min=self._INPUT_FLOOR) if self.kind == 1 else F.relu(u)
         weight = self._normalized_weight().to(x.dtype)
-        tol = torch.full((), max(self.tol * self._SAFETY, self._LEAST_TOL), dtype=x.dtype, device=x.device)
-        return weight, x, torch.full_like(tol, self.supremum), tol
+        tol = torch.full((), self.tol * self._SAFETY, dtype=x.dtype, device=x.device)
+        rounding = torch.full_like(tol, 4.4e-16 if x.dtype == torch.float64 else 2.4e-7)  # two units of the last place
+        return weight, x, torch.full_like(tol, self.supremum), tol, rounding
 
     def _start(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The state of the iteration: z, its last change, whether that was extrapolated, whether that still helps,
@@ -67,7 +67,7 @@ class TraceableLoop(nn.Module):
 
     def _advance(
         self,
-        problem: tuple[Tensor, Tensor, Tensor, Tensor],
+        problem: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
         z: Tensor,
         last: Tensor,
         done: Tensor,
@@ -75,7 +75,7 @@ class TraceableLoop(nn.Module):
         running: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The state after one more pair of evaluations of the samples that go on."""
-        weight, x, supremum, tol = problem
+        weight, x, supremum, tol, rounding = problem
         z1 = self.sigma(self._product(z, weight) + x).contiguous()
         z2 = self.sigma(self._product(z1, weight) + x).contiguous()
         per_sample = [-1] + [1] * (x.ndim - 1)
@@ -86,7 +86,7 @@ class TraceableLoop(nn.Module):
             d1, d2, end = d1 / scale, d2 / scale, end / scale
             size1, size2 = torch.linalg.vector_norm(d1, dim=1), torch.linalg.vector_norm(d2, dim=1)
             change = size2 / torch.linalg.vector_norm(end, dim=1)
-            ends = remaining_error(change, size1, size2) <= tol
+            ends = (remaining_error(change, size1, size2) <= tol) | (change <= rounding)
             helps = helps & ~(done & (size1 * scale[:, 0] > last))
             rate = aitken_rate(d1, d2, size1, [1]) * helps.to(x.dtype)
             factor = (rate / (1 - rate)).view(per_sample)
@@ -109,10 +109,10 @@ class TraceableLoop(nn.Module):
     @torch.jit.unused
     def _exported(self, u: Tensor) -> Tensor:
         """The equilibrium as a loop that torch.export, ONNX and torch.compile(fullgraph=True) keep."""
-        weight, x, supremum, tol = self._problem_of(u)
+        weight, x, supremum, tol, rounding = self._problem_of(u)
         if torch.compiler.is_exporting():  # exported programs have no gradient
             weight, x = weight.detach(), x.detach()
-        problem = weight, x, supremum, tol
+        problem = weight, x, supremum, tol, rounding
 
         def goes_on(left: Tensor, z: Tensor, last: Tensor, done: Tensor, helps: Tensor, running: Tensor) -> Tensor:
             return (left >= 2) & running.any()

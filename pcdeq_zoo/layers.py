@@ -25,7 +25,7 @@ from pcdeq_zoo.maps import EquilibriumMap, LinearizedMap
 from pcdeq_zoo.operators import full_precision, operator
 from pcdeq_zoo.solution import Direction, Solution, Status, announce
 from pcdeq_zoo.solver import Solver
-from pcdeq_zoo.state_dict import WeightsError, check_tensor
+from pcdeq_zoo.state_dict import OLD_NAMES, WeightsError, check_tensor
 from pcdeq_zoo.transforms import folded, leaf, refuse_legacy_vmap, transformed
 
 __all__ = ["PcDEQConv2d", "PcDEQLinear", "project"]
@@ -174,9 +174,6 @@ class _ComputedWeight(Tensor):
 
 
 _WEIGHT_HINT = "W is computed from magnitude and direction; use layer.set_weight(W) to set it"
-
-# Names of the parameters in the files of the authors and of version 0.1.0 before it was published.
-_OLD_NAMES = {"weight_g": "magnitude", "weight_v": "direction"}
 
 
 class _PcDEQLayer(TraceableLoop):
@@ -362,17 +359,17 @@ class _PcDEQLayer(TraceableLoop):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in _OLD_NAMES.values():  # what is saved is nonnegative, the parameters stay as they are
+        for name in OLD_NAMES.values():  # what is saved is nonnegative, the parameters stay as they are
             value = destination[prefix + name]
             if not value.is_meta and bool((value < 0).any()):
                 destination[prefix + name] = value.detach().clamp(min=0)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for old, new in _OLD_NAMES.items():
+        for old, new in OLD_NAMES.items():
             if prefix + old in state_dict:
                 state_dict[prefix + new] = state_dict.pop(prefix + old)
         errors: list[str] = args[-1]  # told by load_state_dict, all together
-        for name in _OLD_NAMES.values():
+        for name in OLD_NAMES.values():
             if prefix + name in state_dict:
                 try:
                     check_tensor(prefix + name, state_dict[prefix + name], getattr(self, name))

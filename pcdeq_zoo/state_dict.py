@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["WeightsError", "check_state_dict", "check_tensor", "translated"]
+__all__ = ["OLD_NAMES", "WeightsError", "check_state_dict", "check_tensor", "translated"]
 
+# Parameters of a pcDEQ layer in the files of the authors and of version 0.1.0 before it was published.
+OLD_NAMES = {"weight_g": "magnitude", "weight_v": "direction"}
 
 _STEM = "features.conv1.weight"
 
@@ -59,11 +61,8 @@ def _translate(name: str) -> str:
     if match := re.fullmatch(r"bn(\d)\.(\w+)", name):  # odd before, even after a pcDEQ layer
         stage, after = divmod(int(match[1]) - 1, 2)
         return f"features.{'postnorm' if after else 'prenorm'}{stage + 1}.{match[2]}"
-    part = {"g": "magnitude", "v": "direction"}
-    if match := re.fullmatch(r"block(\d?)\.deq\.f\.W\.weight_([gv])", name):
-        return f"features.deq{match[1] or 1}.{part[match[2]]}"
-    if match := re.fullmatch(r"features\.deq(\d+)\.weight_([gv])", name):
-        return f"features.deq{match[1]}.{part[match[2]]}"
+    if match := re.fullmatch(r"(?:block(\d?)\.deq\.f\.W|features\.deq(\d+))\.(weight_[gv])", name):
+        return f"features.deq{match[1] or match[2] or 1}.{OLD_NAMES[match[3]]}"
     if match := re.fullmatch(r"classifier\.(\w+)", name):
         return f"head.fc.{match[1]}"
     return name

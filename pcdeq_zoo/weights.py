@@ -211,11 +211,7 @@ def check_config(variant: Variant, cfg: PretrainedCfg, stored: dict[str, Any], a
     if cfg.architecture != variant.name:
         raise WeightsError(f"a config of {variant.name} whose pretrained_cfg is of {cfg.architecture!r}")
     size = cfg.input_size
-    if (
-        not isinstance(size, list | tuple)
-        or len(size) != 3
-        or not all(type(n) is int and 0 < n < _LARGEST_SIZE for n in size)
-    ):
+    if not (isinstance(size, list | tuple) and len(size) == 3 and all(map(_is_size, size)) and all(size)):
         raise WeightsError(f"the config of these weights has input_size {size!r}, wanted channels, height, width")
     if not _is_size(cfg.num_classes):
         raise WeightsError(f"the config of these weights has num_classes {cfg.num_classes!r}, wanted a number")

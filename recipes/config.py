@@ -72,9 +72,7 @@ def _add_flags(parser: argparse._ActionsContainer, record: type) -> None:
     hints = get_type_hints(record)
     for entry in fields(record):
         flag, kind = f"--{entry.name.replace('_', '-')}", _without_none(hints[entry.name])
-        facts = {
-            key: value for key, value in entry.metadata.items() if key in ("required", "nargs", "const", "metavar")
-        }
+        facts = {key: entry.metadata[key] for key in _ARGPARSE if key in entry.metadata}
         if kind is bool:
             facts["action"] = argparse.BooleanOptionalAction
         elif get_origin(kind) is Literal:

@@ -105,6 +105,7 @@ def measure_run(run: Path, data: str | None, device: torch.device) -> dict[str, 
     settings = read_record(run / "run.json")
     try:
         variant, held_out = VARIANTS[settings["model"]], settings["hold_out"]
+        split, part = ("train", slice(-held_out, None)) if held_out else ("test", slice(None))
         log = [json.loads(line) for line in (run / "log.jsonl").read_text("utf-8").splitlines()]
         known = {
             "model": f"{variant.name}.{settings['tag']}",
@@ -118,11 +119,8 @@ def measure_run(run: Path, data: str | None, device: torch.device) -> dict[str, 
         raise SystemExit(f"{run} is not what train.py wrote: {type(error).__name__}: {error}") from error
     overlay = {"file": str(run / "model.safetensors")}
     model = timm.create_model(variant.name, pretrained=True, pretrained_cfg_overlay=overlay).to(device)
-    if held_out:
-        images, labels = (part[-held_out:] for part in load(variant.dataset, "train", data))
-    else:
-        images, labels = load(variant.dataset, "test", data)
-    measured = evaluate(model, variant.dataset, images, labels)
+    images, labels = load(variant.dataset, split, data)
+    measured = evaluate(model, variant.dataset, images[part], labels[part])
     row = results_row(model, measured, known)
     write_rows(run / ("held_out.csv" if held_out else "results.csv"), [row])
     return row
@@ -200,7 +198,7 @@ def main() -> None:
     if args.output and (reason := _why_not(args.output)):
         parser.error(f"--output {args.output}: {reason}")
 
-    accelerator = Accelerator()
+    accelerator = Accelerator(mixed_precision="no")  # what is measured is float32, whatever accelerate is set to
     if not accelerator.is_main_process:
         return
     try:

@@ -55,6 +55,7 @@ def run(output: Path, command: list[str]) -> bool:
 
 
 def main() -> None:
+    sys.stdout.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", metavar="GLOB", help="names in the zoo")
     parser.add_argument("--recipe", choices=("paper", "zoo"), help="default: that of each model's checkpoint")

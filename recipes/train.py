@@ -147,8 +147,9 @@ class Training:
                     if progress.step % 20 == 0:
                         bar.set_postfix(progress.summary(), refresh=False)
                     if self.launcher.is_gone():
-                        self._count_time(start)
-                        self.save()
+                        if self.accelerator.num_processes == 1:  # others may be at another step, and cannot be asked
+                            self._count_time(start)
+                            self.save()
                         raise SystemExit("accelerate launch was ended, and so is this; --resume goes on")
                     every = self.config.save_every
                     if every and progress.step % every == 0 and progress.step < len(steps):

@@ -347,10 +347,11 @@ def test_the_worst_case_is_worse_than_the_probable():
     assert rounding_error(step.double(), worst_case=True) < 1e-13
 
 
-def test_an_input_without_an_equilibrium_has_no_enclosure():
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_an_input_without_an_equilibrium_has_no_enclosure(bad: float):
     x = torch.zeros(2, 4)
-    x[1, 2] = torch.nan
-    with pytest.raises(ValueError, match="the input has 1 NaN entries, and so no equilibrium to enclose"):
+    x[1, 2] = bad
+    with pytest.raises(ValueError, match="the input has 1 entries that are NaN or infinite, and so no equilibrium"):
         enclosure(PcDEQLinear(4), x)
 
 

@@ -12,9 +12,8 @@ import evaluate
 import pytest
 import sweep
 import train
-from recipe_runs import NAME, SHORT, row_of
+from recipe_runs import NAME, SHORT
 
-import pcdeq_zoo.publish
 from pcdeq_zoo.publish import PublishError, publish
 
 BIG = 10**20
@@ -88,8 +87,16 @@ def test_train_under_settings_of_accelerate(tmp_path, variable: str, value: str,
         command, cwd=Path(train.__file__).parents[1], env=os.environ | {variable: value}, capture_output=True, text=True
     )
     assert done.returncode == 1
+    assert "Traceback" not in done.stderr
     assert re.search(message, done.stderr.splitlines()[-1])
     assert not (tmp_path / "run").exists()
+
+
+def test_evaluation_is_float32_whatever_accelerate_is_set_to(monkeypatch, here):
+    arguments = f"--model {NAME} --data sample"
+    wanted = here(evaluate.main, arguments)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "foo")
+    assert here(evaluate.main, arguments) == wanted
 
 
 EVALUATE = [
@@ -160,7 +167,7 @@ def test_publish_takes_no_such_tag(tag: str):
 
 @pytest.mark.parametrize("tag", ["v0.1.0", "v0.1.0-rc1", "1", "x_y"])
 def test_publish_takes_such_a_tag(tag: str, capsys):
-    pcdeq_zoo.publish.publish("alice", "pcdeq1_l_tanh_*", tag, dry_run=True)
+    publish("alice", "pcdeq1_l_tanh_*", tag, dry_run=True)
     assert f"tag {tag}:" in capsys.readouterr().out
 
 
@@ -171,47 +178,40 @@ class TestDamagedRuns:
     def copy(self, run: Path, tmp_path) -> Path:
         return Path(shutil.copytree(run, tmp_path / "run"))
 
+    RESUME = (train.main, f"{SHORT.partition(' ')[2]} --resume --output ")
+    MEASURE = (evaluate.main, "--data sample --run ")
+
     @pytest.mark.parametrize(
-        ("file", "content", "message"),
+        ("recipe", "file", "content", "message"),
         [
-            ("run.json", b"", "run.json is not what train.py wrote: Expecting value"),
-            ("run.json", b"[]", "run.json is not what train.py wrote: it holds a list"),
-            ("run.json", b"\xff\xfe", "run.json is not what train.py wrote: "),
-            ("run.json", b"{}", "holds a run with other settings: model None there"),
-            ("results.csv", b"", "results.csv is not what train.py wrote; remove it to measure again"),
-            ("results.csv", b"model\nresnet18.paper\n", "results.csv is not what train.py wrote; remove it"),
-            ("model.safetensors", b"garbage", "is not the file that results.csv was measured on; remove results.csv"),
+            (RESUME, "run.json", b"", "run.json is not what train.py wrote: Expecting value"),
+            (RESUME, "run.json", b"[]", "run.json is not what train.py wrote: it holds a list"),
+            (RESUME, "run.json", b"\xff\xfe", "run.json is not what train.py wrote: "),
+            (RESUME, "run.json", b"{}", "holds a run with other settings: model None there"),
+            (RESUME, "results.csv", b"", "results.csv is not what train.py wrote; remove it to measure again"),
+            (RESUME, "results.csv", b"model\nresnet18.paper\n", "results.csv is not what train.py wrote; remove it"),
+            (RESUME, "model.safetensors", b"garbage", "is not the file that results.csv was measured on; remove"),
+            (MEASURE, "run.json", b"{}", "is not what train.py wrote: KeyError: 'model'"),
+            (MEASURE, "run.json", b'{"model": "resnet18"}', "is not what train.py wrote: KeyError: 'resnet18'"),
+            (MEASURE, "run.json", b'{"model": "pcdeq1_l_tanh_mnist", "hold_out": "x"}', "wrote: TypeError: "),
+            (MEASURE, "log.jsonl", b"{", "is not what train.py wrote: JSONDecodeError"),
+            (MEASURE, "log.jsonl", b"3\n", "is not what train.py wrote: TypeError"),
+            (MEASURE, "model.safetensors", b"garbage", "is not a readable checkpoint: got 7 bytes"),
         ],
     )
-    def test_resume(self, copy: Path, refuse, file: str, content: bytes, message: str):
+    def test_refused(self, copy: Path, refuse, recipe: tuple, file: str, content: bytes, message: str):
         (copy / file).write_bytes(content)
-        line = refuse(train.main, f"{SHORT.partition(' ')[2]} --output {copy} --resume")
+        main, arguments = recipe
+        line = refuse(main, f"{arguments}{copy}")
         one_line_only(line)
         assert message in line
         assert (copy / file).read_bytes() == content
 
-    @pytest.mark.parametrize(
-        ("file", "content", "message"),
-        [
-            ("run.json", b"{}", "is not what train.py wrote: KeyError: 'model'"),
-            ("run.json", b'{"model": "resnet18"}', "is not what train.py wrote: KeyError: 'resnet18'"),
-            ("log.jsonl", b"{", "is not what train.py wrote: JSONDecodeError"),
-            ("log.jsonl", b"3\n", "is not what train.py wrote: TypeError"),
-            ("model.safetensors", b"garbage", "is not a readable checkpoint: got 7 bytes"),
-        ],
-    )
-    def test_evaluate(self, copy: Path, refuse, file: str, content: bytes, message: str):
-        (copy / file).write_bytes(content)
-        line = refuse(evaluate.main, f"--run {copy} --data sample")
-        one_line_only(line)
-        assert message in line
-
-    def test_only_a_measurement_of_other_weights_is_taken_back(self, copy: Path, monkeypatch, capsys):
+    def test_one_without_its_row_is_measured_again(self, copy: Path, here):
+        before = (copy / "results.csv").read_bytes()
         (copy / "results.csv").unlink()
-        monkeypatch.setattr(sys, "argv", [*SHORT.split(), f"--output={copy}", "--resume"])
-        train.main()
-        assert "accuracy" in capsys.readouterr().out
-        assert row_of(copy).row["seed"] == "0"
+        assert "accuracy" in here(train.main, f"{SHORT.partition(' ')[2]} --output {copy} --resume")
+        assert (copy / "results.csv").read_bytes() == before
 
 
 def test_a_failed_start_leaves_no_run(tmp_path, monkeypatch, refuse):

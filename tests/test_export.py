@@ -97,7 +97,12 @@ class TestExport:
             torch.testing.assert_close(torch.compile(model, backend="eager")(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["pcdeq1_l_tanh_mnist.paper", "pcdeq1_mc_tanh_mnist.zoo", "pcdeq1_mc_relu6_cifar.zoo"])
+QUICK = ("pcdeq1_l_tanh_mnist.paper", "pcdeq1_mc_tanh_mnist.zoo", "pcdeq1_mc_relu6_cifar.zoo")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in checkpoints()]
+)
 @pytest.mark.parametrize("tol", [1e-3, pytest.param(1e-4, marks=pytest.mark.slow)])
 def test_an_exported_net_is_as_good_as_a_certified_one(name: str, tol: float, sample):
     """Within a factor of three, of the distance from the exact logits."""
@@ -123,6 +128,20 @@ def test_scripted_nets_are_as_good_too(sample):
         wanted = nets[2].double()(x.double())
         ours, theirs = ((net(x) - wanted).abs().max().item() for net in (torch.jit.script(nets[0]), nets[1]))
     assert ours <= 3 * theirs
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.float64, 1e-11)])
+def test_a_tolerance_out_of_reach_ends_at_rounding(dtype: torch.dtype, error: float):
+    """And well before the last of its evaluations."""
+    model = make("pcdeq1_mc_relu6_mnist", scriptable=True, tol=1e-14, max_evals=60, dtype=dtype)
+    x = images("pcdeq1_mc_relu6_mnist", 16).to(dtype)
+    exact = make("pcdeq1_mc_relu6_mnist", stop="residual", tol=1e-13, dtype=torch.float64)
+    exact.load_state_dict(model.state_dict())
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)
+        logits = torch.jit.script(model)(x)  # warns where it does not converge
+        torch.testing.assert_close(logits.double(), exact(x.double()), rtol=error, atol=error)
 
 
 @some_models

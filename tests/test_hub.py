@@ -518,6 +518,11 @@ print(json.dumps(found))
         script = f'print(json.dumps(error("{NAME}")))'
         offline = hub.python(script, home="nowhere", PCDEQ_ZOO_WEIGHTS="hub", HF_HUB_OFFLINE="1")
         assert offline.startswith(f"WeightsError: weights of {CHECKPOINT}: no model.safetensors from the Hub")
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))  # and does not listen
+            address = f"http://127.0.0.1:{unused.getsockname()[1]}"
+            gone = hub.python(script, home="nowhere", PCDEQ_ZOO_WEIGHTS="hub", HF_ENDPOINT=address)
+        assert f"{address} cannot be reached: " in gone  # ours, not what the client says after its many tries
         assert hub.python(script, PCDEQ_ZOO_WEIGHTS="Hub") == (
             "WeightsError: PCDEQ_ZOO_WEIGHTS must be package or hub, got 'Hub'"
         )

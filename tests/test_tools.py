@@ -6,7 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 from recipe_runs import NAME, ROOT, row_of
+from safetensors.torch import load_file, save_file
 
 from pcdeq_zoo import VARIANTS, weights
 from pcdeq_zoo.weights import checkpoints, sha256, write_rows
@@ -56,11 +59,19 @@ class TestShip:
         with pytest.raises(SystemExit, match=message):
             ship.ship(whole)
 
-    def test_writes_weights_log_and_row(self, whole: Path, run: Path, tmp_path):
+    def test_writes_weights_log_row_and_logits(self, whole: Path, run: Path, tmp_path, monkeypatch, here, sample):
         assert ship.ship(whole) == f"{NAME}.paper"
         assert checkpoints()[f"{NAME}.paper"].row["sha256"] == sha256(tmp_path / f"{NAME}.paper.safetensors")
         assert (tmp_path / f"{NAME}.paper.jsonl").read_bytes() == (run / "log.jsonl").read_bytes()
         assert ship.ship(whole) == f"{NAME}.paper"  # again: the same
+        save_file({}, tmp_path / "logits.safetensors")
+        monkeypatch.setattr(ship, "LOGITS", tmp_path / "logits.safetensors")
+        assert here(ship.main, str(whole)).strip() == f"recorded {whole}, {NAME}.paper"
+        model = timm.create_model(
+            NAME, pretrained=True, pretrained_cfg_overlay={"file": str(run / "model.safetensors")}
+        )
+        logits = load_file(tmp_path / "logits.safetensors")[f"{NAME}.paper"]
+        assert torch.equal(logits, model.eval()(sample[0][:16].float() / 255))
         assert list(checkpoints()) == [f"{NAME}.paper"]
         (whole / "model.safetensors").write_bytes(b"other")
         with pytest.raises(SystemExit, match=r"is not the file that .* was measured on"):

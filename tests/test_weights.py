@@ -173,6 +173,14 @@ class TestDamage:
             self.create(other)
 
 
+def test_a_file_that_is_too_large_is_not_read(tmp_path):
+    file = tmp_path / "mine.safetensors"
+    with file.open("wb") as stream:
+        stream.truncate(2**33)  # sparse: it takes no room
+    with pytest.raises(WeightsError, match=r"mine.safetensors has 8589934592 bytes, wanted at most 268435456"):
+        timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay={"file": str(file)})
+
+
 class TestForeignFiles:
     def create(self, file: Path, name: str = NAME, **kwargs):
         return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(file)}, **kwargs)

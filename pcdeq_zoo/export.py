@@ -51,7 +51,8 @@ class TraceableLoop(nn.Module):
     def _problem_of(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """W, x, sup σ, the estimated error to stop at, and the change that is nothing but rounding, both relative."""
         u = u.contiguous()  # the loop's state must keep its memory order, which exporters do not promise of others
-        x = F.softplus(u, beta=5.0).clamp(min=self._INPUT_FLOOR) if self.kind == 1 else F.relu(u)
+        # PyTorch's threshold of 20, above which softplus is the identity, is 4e-10 off.
+        x = F.softplus(u, beta=5.0, threshold=40.0).clamp(min=self._INPUT_FLOOR) if self.kind == 1 else F.relu(u)
         weight = self._normalized_weight().to(x.dtype)
         tol = torch.full((), self.tol * self._SAFETY, dtype=x.dtype, device=x.device)
         rounding = torch.full_like(tol, 4.4e-16 if x.dtype == torch.float64 else 2.4e-7)  # two units of the last place

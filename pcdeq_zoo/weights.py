@@ -196,10 +196,6 @@ def _is_size(value: Any) -> bool:
     return type(value) is int and 0 <= value <= _LARGEST_SIZE
 
 
-def _is_size(value: Any) -> bool:
-    return type(value) is int and 0 <= value <= _LARGEST_SIZE
-
-
 def check_config(variant: Variant, cfg: PretrainedCfg, stored: dict[str, Any], asked: dict[str, Any]) -> None:
     """Refuse a config from the Hub or a folder that would give another net than its weights are of, or false solves.
 

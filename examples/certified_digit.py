@@ -11,7 +11,7 @@ from pcdeq_zoo.data import load, normalize
 
 NAME = "pcdeq1_mc_relu6_mnist"
 
-model = timm.create_model(NAME, pretrained=True, on_failure="raise").eval()
+model = timm.create_model(NAME, pretrained=True, stop="certified", on_failure="raise").eval()
 dataset = VARIANTS[NAME].dataset
 images, labels = load(dataset, "test", "sample")
 x = normalize(images[:1], dataset)

@@ -30,10 +30,10 @@ class Activation(NamedTuple):
         supremum: sup σ.
         evaluate: σ of nonnegative arguments p, into the second tensor if one is given (which may be p itself).
         derivative: σ′(p). Of the argument: as a function of σ(p) it loses its digits where σ saturates.
-        derivative_of_output: σ′(p) as a function of σ(p) where that is as good; it saves the gradient a product with W.
+        function: σ as TorchScript and the exporters take it.
+        slope_of_output: Whether `derivative` may be given σ(p) for p, and says the same.
         ulps: Rounding errors of one evaluation beside those of W z, in units of the last place: the input map's
             exponential (raised to the fifth power) and logarithm, the addition and σ.
-        function: σ as TorchScript and the exporters take it.
     """
 
     pcdeq: Literal[1, 2]
@@ -41,7 +41,7 @@ class Activation(NamedTuple):
     evaluate: Callable[[Tensor, Tensor | None], Tensor]
     derivative: Callable[[Tensor], Tensor]
     function: Callable[[Tensor], Tensor]
-    derivative_of_output: Callable[[Tensor], Tensor] | None = None
+    slope_of_output: bool = False
     ulps: float = 40
 
     def input_map(self, u: Tensor) -> Tensor:
@@ -66,11 +66,34 @@ def _relu6_derivative(p: Tensor) -> Tensor:
 
 
 def _sigmoid_derivative(p: Tensor) -> Tensor:
-    return torch.sigmoid(p).mul_(torch.sigmoid(-p))  # 1 − σ(p) would have no digits where σ(p) is next to 1
+    rest = torch.sigmoid(-p)  # 1 − σ(p), which would have no digits where σ(p) is next to 1
+    return torch.addcmul(rest, rest, rest, value=-1)
 
 
 def _tanh_derivative(p: Tensor) -> Tensor:
-    return torch.cosh(p).square_().reciprocal_()  # as 1 − tanh²(p)
+    rest = torch.sigmoid(-2 * p)  # (1 − tanh p) / 2; 1 / cosh² is ten times slower on CPUs
+    return torch.addcmul(rest, rest, rest, value=-1).mul_(4)
+
+
+_TANH_SERIES_BELOW = 0.25
+
+
+def _tanh(p: Tensor, out: Tensor | None) -> Tensor:
+    """tanh(p) for p ≥ 0 to 8 ulps, in half the time that PyTorch's takes on CPUs for large tensors.
+
+    A continued fraction up to 0.25; beyond, what 1 − 2 / (1 + exp(2 p)) gains there, which has no digits near 0.
+    """
+    if p.device.type != "cpu" or p.dtype != torch.float32 or p.numel() < 2**15:
+        return torch.tanh(p, out=out)
+    gain = p.clamp(min=_TANH_SERIES_BELOW).mul_(-2).sigmoid_()
+    small = torch.clamp(p, max=_TANH_SERIES_BELOW, out=out)
+    square = small * small
+    small.mul_(square + 15).div_(square.mul_(6).add_(15))
+    return small.sub_(gain.sub_(_GAIN_AT_START).mul_(2))
+
+
+# As computed there, so that nothing is gained below.
+_GAIN_AT_START = torch.full((64,), _TANH_SERIES_BELOW).mul_(-2).sigmoid_()[0].item()
 
 
 ACTIVATIONS = {
@@ -79,15 +102,16 @@ ACTIVATIONS = {
         supremum=6.0,
         evaluate=lambda p, out: torch.clamp(p, max=6, out=out),
         derivative=_relu6_derivative,
-        derivative_of_output=_relu6_derivative,
         function=F.relu6,
+        slope_of_output=True,
     ),
     "tanh": Activation(
         pcdeq=1,
         supremum=1.0,
-        evaluate=lambda p, out: torch.tanh(p, out=out),
+        evaluate=_tanh,
         derivative=_tanh_derivative,
         function=torch.tanh,
+        ulps=50,
     ),
     "softsign": Activation(
         pcdeq=1,

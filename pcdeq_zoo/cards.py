@@ -92,11 +92,11 @@ solution = layer.solve(torch.randn(8, {features}))  # value, status, evaluations
 
 ## Solver, and what is guaranteed
 
-The equilibrium of every sample exists, is unique, and does not depend on its batch mates (beyond float rounding). With
-the default solver (`stop="certified"`, `tol={tol:g}`, at most 200 evaluations) every unit is proven to be within
-{tol:.1%} of it, relative, in float32; a solve that does not get there warns or raises. On the test set the largest
-proven error was {bound_max}; an image took {evals} evaluations of W on average in the pcDEQ layer{plural}, and
-{evals_max} at most.
+The equilibrium of every sample exists, is unique, and does not depend on its batch mates (beyond float rounding). By
+default it is solved to an estimated relative error of 3e-4. With `stop="certified"` (`tol={tol:g}`, at most 200
+evaluations) every unit is proven to be within {tol:.1%} of it, relative, in float32; a solve that does not get there
+warns or raises. So on the test set the largest proven error was {bound_max}; an image took {evals} evaluations of W on
+average in the pcDEQ layer{plural}, and {evals_max} at most.
 
 ## Training
 

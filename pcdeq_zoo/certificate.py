@@ -6,6 +6,8 @@ q = max (B w)ᵢ / wᵢ is the Collatz-Wielandt bound of B's spectral radius. By
 max |·|ᵢ / wᵢ, and Banach's bound holds for every unit of any z ≥ b, however z was found:
 
     |g(z) − z*| ≤ q / (1 − q) · max_j (|g(z) − z|_j / w_j) · w.
+
+A witness is made from any z near z*, with a b a little below it.
 """
 
 from __future__ import annotations
@@ -17,23 +19,20 @@ import torch
 from torch import Tensor
 
 from pcdeq_zoo.maps import EquilibriumMap, Pair, per_sample
-from pcdeq_zoo.operators import full_precision
+from pcdeq_zoo.operators import REDUCED_BOUND, full_precision
 
 if TYPE_CHECKING:
     from pcdeq_zoo.layers import PcDEQConv2d, PcDEQLinear
 
-__all__ = ["Enclosure", "Witness", "enclosure", "error_bound", "find_witness", "no_witness", "rounding_error"]
+__all__ = ["Enclosure", "Witness", "enclosure", "error_bound", "find_witness", "rounding_error"]
 
-# What q / (1 − q) and the spread of w / b together may multiply a relative distance by. A worse witness needs many
-# more evaluations, and ends at the rounding error times this.
-_GOOD_AMPLIFICATION = 50.0
+# Slopes are taken at arguments smaller by this share, so that b may lie so much lower than z.
+_MARGIN = 0.03
 
-# After so many pairs without a good witness the sums of fact 4 are tried, again after twice as many, and so on; from
-# twice as many on, any witness will do.
-_PAIRS_BEFORE_SUMS = 3
+# Products with B that a witness is made of, at the first attempt; one more at each of the next.
+_PRODUCTS = 2
 
-_LEAST_ETA = 0.01  # η of fact 3, at least: rounding errors must not set a witness
-_MARGIN = 100.0  # how many γ smaller the arguments are that the slopes are taken at
+_REDUCED_ATTEMPTS = 2  # after that, what reduced products lose may be all that is missing
 
 
 def rounding_error(map_: EquilibriumMap, *, worst_case: bool) -> float:
@@ -44,7 +43,7 @@ def rounding_error(map_: EquilibriumMap, *, worst_case: bool) -> float:
     https://doi.org/10.1137/18M1226312). u is the unit roundoff: `full_precision` sees to it that products are exact.
     Winograd convolutions are not covered.
     """
-    terms = map_.weight.terms
+    terms = map_.operator.terms
     sums = terms if worst_case else 6 * math.sqrt(terms)
     return (sums + map_.activation.ulps) * torch.finfo(map_.u.dtype).eps / 2
 
@@ -54,122 +53,86 @@ class Witness(NamedTuple):
 
     Attributes:
         w, inverse: w > 0 and 1 / w, shape (N, ...).
-        base: b, above which the contraction holds, shape (N, ...).
-        amplification: q / (1 − q), infinite where there is none, shape (N,).
-        spread: max w / b, shape (N,).
-        factor: What a relative distance is multiplied by at most, amplification · spread / min (w / b), shape (N,).
-        found: True where w is good enough, shape (N,), bool.
+        base: b, above which the contraction holds, shape (N, ...); 0 where there is no witness.
+        rate: q, shape (N,); infinite where there is no witness.
     """
 
     w: Tensor
     inverse: Tensor
     base: Tensor
-    amplification: Tensor
-    spread: Tensor
-    factor: Tensor
-    found: Tensor
+    rate: Tensor
+
+    @property
+    def found(self) -> Tensor:
+        """Where there is one, shape (N,), bool."""
+        return self.rate < 1
+
+    def replace(self, samples: Tensor, other: Witness) -> None:
+        """Put those of some of the samples, by their indices, in the place of theirs."""
+        for mine, others in zip(self, other, strict=True):
+            mine.index_copy_(0, samples, others)
 
 
-def no_witness(map_: EquilibriumMap) -> Witness:
-    """None for any sample, yet."""
-    x = map_.x
-    none, infinite = torch.ones_like(x), torch.full((len(x),), math.inf, dtype=x.dtype, device=x.device)
-    found = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    return Witness(none, none, torch.zeros_like(x), infinite, infinite, infinite, found)
+def find_witness(map_: EquilibriumMap, z: Tensor, p: Tensor, y: Tensor, attempt: int = 1) -> Witness:
+    """The witnesses near any z (fact 3), for the samples that have one.
 
-
-def find_witness(map_: EquilibriumMap, pair: Pair, before: Witness, number: int) -> Witness:
-    """The witnesses at b = z₁ (facts 3 and 4) for the samples that have no good one and had no better one.
+    w = z + B z + … + Bᵏ z. Products are reduced where the map has such: all terms are nonnegative, so that a bound of
+    their relative error covers it.
 
     Args:
         map_: The map.
-        pair: Two evaluations of it, with arguments.
-        before: The witnesses up to now.
-        number: Of this pair, from 1.
+        z, p, y: z, W z + x and g(z) = σ(p), from a full product, shapes (N, ...).
+        attempt: From 1; each one has longer sums.
     """
-    gamma = rounding_error(map_, worst_case=False)
-    margin = min(0.9, _MARGIN * gamma)
-    z1, p1, p2 = pair.z1, pair.p1, pair.p2
-    assert p1 is not None
-    assert p2 is not None
-    slopes = map_.activation.derivative(p2 * ((1 - gamma) * (1 - margin))) + gamma
-    norm = torch.linalg.vector_norm
-    # η = ‖b − a‖ / ‖b‖: w is then neither far from the slowest mode nor far from relative errors.
-    eta = norm(pair.d1, dim=pair.dims, keepdim=True) / norm(z1, dim=pair.dims, keepdim=True)
-    eta.nan_to_num_(1.0, 1.0).clamp_(min=_LEAST_ETA)  # norms of very small samples vanish
-    b_times_w = slopes * ((1 + eta) * ((1 + gamma) * p2) - (1 - gamma) * p1 - eta * map_.x)
-    witness = _keep_better(before, pair, torch.addcmul(pair.d1, eta, z1), b_times_w, gamma, margin)
-    if _tries_sums(number):
-        rows = (~before.found).nonzero()[:, 0]
-        if len(rows):
-            w, b_times_w = z1.clone(), torch.full_like(z1, math.inf)
-            base, slopes = z1[rows], slopes[rows]
-            for _ in range(number):  # k of fact 4: more where few were not enough
-                w[rows] = base + slopes * map_.weight(w[rows])
-            b_times_w[rows] = (1 + gamma) * slopes * map_.weight(w[rows])
-            witness = _keep_better(witness, pair, w, b_times_w, gamma, margin)
-    good = _GOOD_AMPLIFICATION if number < 2 * _PAIRS_BEFORE_SUMS else math.inf
-    return witness._replace(found=witness.factor < good)
-
-
-def _tries_sums(number: int) -> bool:
-    turns, rest = divmod(number, _PAIRS_BEFORE_SUMS)
-    return rest == 0 and turns & (turns - 1) == 0  # 3, 6, 12, …
-
-
-def _keep_better(before: Witness, pair: Pair, w: Tensor, b_times_w: Tensor, gamma: float, margin: float) -> Witness:
-    """Per sample without a good witness, the one with the smaller factor: w at b = z₁, or the one before."""
-    relative, rate = w / pair.z1, (b_times_w / w).amax(pair.dims)
-    spread = relative.amax(pair.dims)
-    factor = rate / (1 - rate) * spread / relative.amin(pair.dims)
-    delta = ((pair.z1 - (1 - gamma) * pair.z2) / w).amax(pair.dims).clamp(min=0) / (1 - rate)
-    sound = (rate >= 0) & (rate < 1) & (delta * spread <= margin)
-    better = ~before.found & sound & (factor < before.factor)
-    if better.device.type == "cpu" and not bool(better.any()):
-        return before
-    chosen = per_sample(better, w)
-    w = torch.where(chosen, w, before.w)
-    return before._replace(
-        w=w,
-        inverse=1 / w,
-        base=torch.where(chosen, pair.z1, before.base),
-        amplification=torch.where(better, rate / (1 - rate), before.amplification),
-        spread=torch.where(better, spread, before.spread),
-        factor=torch.where(better, factor, before.factor),
-    )
+    gamma, dims = rounding_error(map_, worst_case=False), list(range(1, z.ndim))
+    reduced = map_.reduced_error is not None and attempt <= _REDUCED_ATTEMPTS
+    slopes = map_.activation.derivative(p * ((1 - gamma) * (1 - _MARGIN))) + gamma
+    w, image = z, p - map_.x  # W w; here up to rounding, which is good enough for the next w
+    for _ in range(_PRODUCTS + attempt - 1):
+        w = torch.addcmul(z, slopes, image)
+        image = map_.operator.reduced(w).float() if reduced else map_.operator(w)
+    image *= 1 + (REDUCED_BOUND if reduced else gamma)
+    inverse = 1 / w
+    rate = (slopes * image).mul_(inverse).amax(dims) + gamma
+    # δ of fact 3, and whether b = z − δ w is as near as the slopes suppose.
+    delta = (z - (1 - gamma) * y).mul_(inverse).amax(dims).clamp_(min=0) / (1 - rate)
+    base = torch.addcmul(z, per_sample(delta, w), w, value=-1)
+    room = torch.addcmul(p * (0.99 * _MARGIN), per_sample(delta, w), image, value=-1)
+    sound = (rate < 1) & (room.amin(dims) >= 0) & (base.amin(dims) >= 0)
+    base.masked_fill_(per_sample(~sound, base), 0.0)
+    return Witness(w, inverse, base, rate.masked_fill(~sound, math.inf))
 
 
 def error_bound(map_: EquilibriumMap, pair: Pair, witness: Witness, tol: float) -> Tensor:
     """Largest relative error of a unit of z₂, shape (N,): |z₂ − z*| ≤ bound · z₂.
 
-    Infinite where it is unknown or far above `tol`, NaN where an entry is. Where γ alone, amplified, exceeds `tol`, one
-    evaluation in float64 takes its place; float32's actual errors are several times smaller.
+    Infinite where there is no witness, NaN where an entry is. Where γ alone, amplified, exceeds `tol`, one evaluation
+    in float64 takes its place; float32's actual errors are several times smaller.
 
     Args:
         map_: The map.
-        pair: Two evaluations of it from any z₀ ≥ b.
+        pair: Two evaluations of it from any z₀ ≥ b, the first one from a full product.
         witness: Of its samples.
         tol: What the bound will be compared with.
     """
-    gamma = rounding_error(map_, worst_case=False)
-    amplification, z2 = witness.amplification, pair.z2
+    gamma, rate = rounding_error(map_, worst_case=False), witness.rate
+    spread = (witness.w / pair.z2).amax(pair.dims)
     distance = (pair.d2 * witness.inverse).abs_().amax(pair.dims)
-    in_reach = witness.found & (amplification * distance * witness.spread < 3 * tol)
-    bound = torch.where(distance.isnan(), distance, math.inf)
-    if z2.device.type == "cpu" and not bool(in_reach.any()):
-        return bound
-    spread = (witness.w / z2).amax(pair.dims)
+    amplification = rate / (1 - rate)
     error = amplification * distance * spread
-    proven = error + amplification * gamma * (z2 * witness.inverse).amax(pair.dims) * spread
-    proven = proven + gamma
-    bound = torch.where(in_reach, proven, bound)
+    if map_.reduced_error is not None:  # of the product with d₁, which |d₁| ≤ ‖d₁‖ w bounds by ‖d₁‖ W w
+        reduced = REDUCED_BOUND * rate * (pair.d1 * witness.inverse).abs_().amax(pair.dims)
+        error += (1 + amplification) * reduced * spread
+    proven = error + amplification * gamma * (pair.z2 * witness.inverse).amax(pair.dims) * spread + gamma
+    bound = torch.where(witness.found, proven, math.inf)
+    bound = torch.where(distance.isnan(), distance, bound)
     # Once the iteration has nothing more to gain (its share is small beside the rest), ask a better evaluation.
-    rounding_limited = in_reach & (proven > tol) & (error < 0.1 * proven)
+    rounding_limited = witness.found & (bound > tol) & (error < 0.1 * bound)
     if bool(rounding_limited.any()):
         rows = rounding_limited.nonzero()[:, 0]
-        z = z2[rows]
+        z = pair.z2[rows]
         error = ((map_[rows].double()(z.double()) - z).abs() / witness.w[rows]).amax(pair.dims) * spread[rows]
-        error = (1 + amplification[rows]) * error
+        error = error / (1 - rate[rows])
         bound[rows] = error.to(bound.dtype) + 4 * torch.finfo(bound.dtype).eps  # of `lower` and `upper`
     return bound
 

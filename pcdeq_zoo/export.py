@@ -7,6 +7,7 @@ solves are far better than they can prove, and exported nets are to be no worse 
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch._higher_order_ops import while_loop
 
 from pcdeq_zoo.activations import INPUT_FLOOR
-from pcdeq_zoo.series import aitken_rate, remaining_error
+from pcdeq_zoo.series import aitken_factor, remaining_error
 
 __all__ = ["TraceableLoop"]
 
@@ -58,23 +59,18 @@ class TraceableLoop(nn.Module):
         rounding = torch.full_like(tol, 4.4e-16 if x.dtype == torch.float64 else 2.4e-7)  # two units of the last place
         return weight, x, torch.full_like(tol, self.supremum), tol, rounding
 
-    def _start(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The state of the iteration: z, its last change, whether that was extrapolated, whether that still helps,
-        and which samples go on.
-        """
-        last = torch.zeros(x.shape[0], dtype=x.dtype, device=x.device)
-        no, yes = torch.zeros_like(last, dtype=torch.bool), torch.ones_like(last, dtype=torch.bool)
-        return self.sigma(x), last, no, yes, yes.clone()
+    def _start(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The state of the iteration: z, the change up to which it is extrapolated, and which samples go on."""
+        limit = torch.full((x.shape[0],), math.inf, dtype=x.dtype, device=x.device)
+        return self.sigma(x), limit, torch.ones_like(limit, dtype=torch.bool)
 
     def _advance(
         self,
         problem: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
         z: Tensor,
-        last: Tensor,
-        done: Tensor,
-        helps: Tensor,
+        limit: Tensor,
         running: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The state after one more pair of evaluations of the samples that go on."""
         weight, x, supremum, tol, rounding = problem
         z1 = self.sigma(self._product(z, weight) + x).contiguous()
@@ -88,19 +84,18 @@ class TraceableLoop(nn.Module):
             size1, size2 = torch.linalg.vector_norm(d1, dim=1), torch.linalg.vector_norm(d2, dim=1)
             change = size2 / torch.linalg.vector_norm(end, dim=1)
             ends = (remaining_error(change, size1, size2) <= tol) | (change <= rounding)
-            helps = helps & ~(done & (size1 * scale[:, 0] > last))
-            rate = aitken_rate(d1, d2, size1, [1]) * helps.to(x.dtype)
-            factor = (rate / (1 - rate)).view(per_sample)
-        new = torch.minimum((z2 + factor * (z2 - z1)).clamp(min=0.0), supremum)
+            factor = aitken_factor(d1, d2, size1, [1]).masked_fill(size1 * scale[:, 0] > limit, 0.0)
+            limit = torch.where(factor > 0, size2 * scale[:, 0], limit)
+        new = torch.minimum((z2 + factor.view(per_sample) * (z2 - z1)).clamp(min=0.0), supremum)
         new = torch.where(running.view(per_sample), new, z)
-        return new, size2 * scale[:, 0], rate > 0, helps, running & ~ends
+        return new, limit, running & ~ends
 
     def _scripted(self, u: Tensor) -> Tensor:
         """The equilibrium in TorchScript; autograd goes through the iterations."""
         problem = self._problem_of(u)
-        z, last, done, helps, running = self._start(problem[1])
+        z, limit, running = self._start(problem[1])
         for _ in range(self.max_evals // 2):
-            z, last, done, helps, running = self._advance(problem, z, last, done, helps, running)
+            z, limit, running = self._advance(problem, z, limit, running)
             if not bool(running.any()):
                 break
         if bool(running.any()):
@@ -115,7 +110,7 @@ class TraceableLoop(nn.Module):
             weight, x = weight.detach(), x.detach()
         problem = weight, x, supremum, tol, rounding
 
-        def goes_on(left: Tensor, z: Tensor, last: Tensor, done: Tensor, helps: Tensor, running: Tensor) -> Tensor:
+        def goes_on(left: Tensor, z: Tensor, limit: Tensor, running: Tensor) -> Tensor:
             return (left >= 2) & running.any()
 
         def body(left: Tensor, *state: Tensor) -> tuple[Tensor, ...]:

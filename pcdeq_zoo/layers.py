@@ -22,7 +22,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from pcdeq_zoo.activations import ACTIVATIONS, Activation
 from pcdeq_zoo.export import TraceableLoop
 from pcdeq_zoo.maps import EquilibriumMap, LinearizedMap
-from pcdeq_zoo.operators import full_precision, operator
+from pcdeq_zoo.operators import autocast_to_bfloat16, full_precision, operator
 from pcdeq_zoo.solution import Direction, Solution, Status, announce
 from pcdeq_zoo.solver import Solver
 from pcdeq_zoo.state_dict import OLD_NAMES, WeightsError, check_tensor
@@ -38,84 +38,99 @@ class _Problem(NamedTuple):
     solver: Solver
     layer: ref[_PcDEQLayer]
     thread: int  # that runs the forward
+    autocast: bool  # to bfloat16
 
-    def equilibrium(self, u: Tensor, weight: Tensor) -> Solution:
+    def map(self, u: Tensor, weight: Tensor) -> EquilibriumMap:
         """Of u, both in the precision of the solve."""
-        with full_precision(u.device):
-            solution = self.solver.equilibrium(_equilibrium_map(u, weight, self.activation))
+        w = operator(weight, autocast=self.autocast)
+        return EquilibriumMap(w.arrange(u), w, self.activation)
+
+    def equilibrium(self, map_: EquilibriumMap) -> Solution:
+        """Of this map, with whatever it takes to be told of a failure."""
+        solution = self.solver.equilibrium(map_)
         announce(solution, self.layer(), "forward", self.thread, self.solver.on_failure)
         return solution
 
-    def linearized(self, u: Tensor, z: Tensor, g: Tensor, weight: Tensor, direction: Direction) -> Tensor:
-        """Fixed point of `LinearizedMap` at the equilibrium z of u: with Wᵀ "backward", with W else."""
-        map_ = _equilibrium_map(u, weight, self.activation)
-        with full_precision(z.device):
-            matrix = map_.weight.adjoint() if direction == "backward" else map_.weight
-            linear = LinearizedMap(map_, map_.weight.arrange(z), map_.weight.arrange(g), matrix)
-            solution = self.solver.linearized(linear)
+    def linearized(self, slopes: Tensor, g: Tensor, weight: Tensor, direction: Direction) -> Tensor:
+        """Fixed point of `LinearizedMap` at an equilibrium with these slopes: with Wᵀ "backward", with W else."""
+        with full_precision(g.device):
+            w = operator(weight, autocast=self.autocast)
+            map_ = LinearizedMap(w.arrange(slopes), w.arrange(g), w.adjoint() if direction == "backward" else w)
+            solution = self.solver.linearized(map_)
         known = solution
-        if not z.is_meta and bool((solution.status == Status.NON_FINITE).any()):
+        if not g.is_meta and bool((solution.status == Status.NON_FINITE).any()):
             # A GradScaler finds its scale by gradients that overflow: what came in infinite goes out so, and is no
             # failure.
-            known = solution[linear.scale.flatten().isfinite()]
-        thread = threading.get_ident() if z.device.type == "cpu" else self.thread
+            known = solution[map_.scale.flatten().isfinite()]
+        thread = threading.get_ident() if g.device.type == "cpu" else self.thread
         announce(known, self.layer(), direction, thread, self.solver.on_failure)
         return solution.value
 
 
-def _equilibrium_map(u: Tensor, weight: Tensor, activation: Activation) -> EquilibriumMap:
-    w = operator(weight)
-    return EquilibriumMap(w.arrange(u), w, activation)
-
-
 class _Equilibrium(torch.autograd.Function):
-    """(u, W) ↦ z*, the equilibrium for x = input map of u, differentiated implicitly: u, z* and W are all it saves.
+    """(u, W) ↦ z* and σ′(W z* + x), the equilibrium for x = input map of u, differentiated implicitly.
 
     With D = diag σ′(W z* + x) the gradient of L is a = D (Wᵀ a + ∂L/∂z*) with respect to x and a z*ᵀ with respect to W,
-    and the tangent of z* is t = D (W t + ẋ + Ẇ z*).
+    and the tangent of z* is t = D (W t + ẋ + Ẇ z*). u, z*, D and W are all it saves.
     """
 
     @staticmethod
-    def forward(u: Tensor, weight: Tensor, problem: _Problem) -> Tensor:
-        return problem.equilibrium(u, weight).value
+    def forward(u: Tensor, weight: Tensor, problem: _Problem) -> tuple[Tensor, Tensor]:
+        with full_precision(u.device):
+            map_ = problem.map(u, weight)
+            z = problem.equilibrium(map_).value
+            return z, map_.slopes(z)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, _Problem], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, _Problem], output: tuple[Tensor, Tensor]) -> None:
         u, weight, ctx.problem = inputs
-        ctx.save_for_backward(u, output, weight)
-        ctx.save_for_forward(u, output, weight)
+        z, slopes = output
+        ctx.mark_non_differentiable(slopes)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(u, z, slopes, weight)
+        ctx.save_for_forward(u, z, slopes, weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+        if grad is None:
+            return None, None, None
         refuse_legacy_vmap(grad)
-        u, z, weight = ctx.saved_tensors
-        a = _Linearized.apply(u, z, grad, weight, ctx.problem, "backward")
+        u, z, slopes, weight = ctx.saved_tensors
+        a = _Linearized.apply(z, slopes, grad, weight, ctx.problem, "backward")
         with full_precision(z.device):
             weight_grad = operator(weight).weight_gradient(z, a) if ctx.needs_input_grad[1] else None
             return a * ctx.problem.activation.input_derivative(u), weight_grad, None
 
     @staticmethod
-    def jvp(ctx: Any, u_tangent: Tensor | None, weight_tangent: Tensor | None, _: None) -> Tensor:
-        u, z, weight = ctx.saved_tensors
+    def jvp(ctx: Any, u_tangent: Tensor | None, weight_tangent: Tensor | None, _: None) -> tuple[Tensor, None]:
+        u, z, slopes, weight = ctx.saved_tensors
         g = torch.zeros_like(z)
         with full_precision(z.device):
             if u_tangent is not None:
                 g = g + ctx.problem.activation.input_derivative(u) * u_tangent
             if weight_tangent is not None:
                 g = g + operator(weight_tangent)(z)
-        return _Linearized.apply(u, z, g, weight, ctx.problem, "tangent")
+        return _Linearized.apply(z, slopes, g, weight, ctx.problem, "tangent"), None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], u: Tensor, weight: Tensor, problem: _Problem) -> tuple[Tensor, int]:
-        return _fold(_Equilibrium, info.batch_size, in_dims, (u,), weight, problem)
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], u: Tensor, weight: Tensor, problem: _Problem
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        outputs = _fold(_Equilibrium, info.batch_size, in_dims, (u,), weight, problem)
+        return outputs, (0, 0)
 
 
 class _Linearized(torch.autograd.Function):
-    """(u, z*, g, W) ↦ (I − D A)⁻¹ D g with A = Wᵀ ("backward") or W ("tangent"); see `LinearizedMap`."""
+    """(z*, D, g, W) ↦ (I − D A)⁻¹ D g with A = Wᵀ ("backward") or W ("tangent"); see `LinearizedMap`.
+
+    D depends on z*, which is there for that alone: whoever differentiates once more must hear that it cannot be done.
+    """
 
     @staticmethod
-    def forward(u: Tensor, z: Tensor, g: Tensor, weight: Tensor, problem: _Problem, direction: Direction) -> Tensor:
-        return problem.linearized(u, z, g, weight, direction)
+    def forward(
+        z: Tensor, slopes: Tensor, g: Tensor, weight: Tensor, problem: _Problem, direction: Direction
+    ) -> Tensor:
+        return problem.linearized(slopes, g, weight, direction)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -131,9 +146,10 @@ class _Linearized(torch.autograd.Function):
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[Any, ...], u: Tensor, z: Tensor, g: Tensor, weight: Tensor, *rest: Any
+        info: Any, in_dims: tuple[Any, ...], z: Tensor, slopes: Tensor, g: Tensor, weight: Tensor, *rest: Any
     ) -> tuple[Tensor, int]:
-        return _fold(_Linearized, info.batch_size, in_dims, (u, z, g), weight, *rest)
+        (solution,) = _fold(_Linearized, info.batch_size, in_dims, (z, slopes, g), weight, *rest)
+        return solution, 0
 
 
 def _fold(
@@ -143,14 +159,23 @@ def _fold(
     samples: tuple[Tensor, ...],
     weight: Tensor,
     *rest: Any,
-) -> tuple[Tensor, int]:
-    """vmap of a function of samples (N, ...) and W: one solve of all samples, or one for each W where these differ."""
+) -> tuple[Tensor, ...]:
+    """vmap of a function of samples (N, ...) and W: one solve of all samples, or one for each W where these differ.
+
+    Returns:
+        Its outputs, with the mapped axis as their first.
+    """
     *sample_dims, weight_dim = in_dims[: len(samples) + 1]
     together = folded(samples, sample_dims, count)
+
+    def outputs(*tensors: Tensor) -> tuple[Tensor, ...]:
+        output = function.apply(*tensors, *rest)
+        return output if isinstance(output, tuple) else (output,)
+
     if weight_dim is None:
-        return function.apply(*together, weight, *rest).unflatten(0, (count, -1)), 0
+        return tuple(output.unflatten(0, (count, -1)) for output in outputs(*together, weight))
     each = zip(*(tensor.chunk(count) for tensor in together), weight.unbind(weight_dim), strict=True)
-    return torch.stack([function.apply(*tensors, *rest) for tensors in each]), 0
+    return tuple(torch.stack(stack) for stack in zip(*(outputs(*tensors) for tensors in each), strict=True))
 
 
 class _ComputedWeight(Tensor):
@@ -304,14 +329,15 @@ class _PcDEQLayer(TraceableLoop):
     @torch.no_grad()
     def solve(self, u: Tensor) -> Solution:
         """`forward` without a gradient, but with all that is known of the solve; see `Solution`."""
-        u = self._prepare(u)
-        return self._problem().equilibrium(u, self._normalized_weight().to(u.dtype))
+        u, problem = self._prepare(u), self._problem()
+        with full_precision(u.device):
+            return problem.equilibrium(problem.map(u, self._normalized_weight().to(u.dtype)))
 
     @torch.jit.unused
     def fixed_point_map(self, u: Tensor) -> EquilibriumMap:
         """z ↦ σ(W z + x) for a batch of inputs, as a value that `pcdeq_zoo.solve` takes."""
         u = self._prepare(u)
-        return _equilibrium_map(u, self._normalized_weight().to(u.dtype), ACTIVATIONS[self.activation])
+        return self._problem().map(u, self._normalized_weight().to(u.dtype))
 
     def extra_repr(self) -> str:
         return f"{self.direction.shape[0]}, activation={self.activation!r}, solver={self.solver!r}"
@@ -341,7 +367,8 @@ class _PcDEQLayer(TraceableLoop):
 
     @torch.jit.unused
     def _problem(self) -> _Problem:
-        return _Problem(ACTIVATIONS[self.activation], self.solver, ref(self), threading.get_ident())
+        autocast = autocast_to_bfloat16(self.direction.device)
+        return _Problem(ACTIVATIONS[self.activation], self.solver, ref(self), threading.get_ident(), autocast)
 
     @torch.jit.unused
     @torch.compiler.disable  # branches on tensor values; `exportable` has a loop that does not
@@ -354,8 +381,9 @@ class _PcDEQLayer(TraceableLoop):
         weight, problem = self._normalized_weight().to(u.dtype), self._problem()
         tangents = (forward_ad.unpack_dual(tensor).tangent for tensor in (u, weight))
         if torch.is_grad_enabled() or transformed() or any(tangent is not None for tangent in tangents):
-            return _Equilibrium.apply(u, weight, problem)
-        return problem.equilibrium(u, weight).value
+            return _Equilibrium.apply(u, weight, problem)[0]
+        with full_precision(u.device):
+            return problem.equilibrium(problem.map(u, weight)).value
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

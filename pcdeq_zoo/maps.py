@@ -6,6 +6,7 @@ precision and in which memory, is the map's own affair and nobody else's.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from functools import cached_property
@@ -14,9 +15,18 @@ import torch
 from torch import Tensor
 
 from pcdeq_zoo.activations import Activation
-from pcdeq_zoo.operators import Operator
+from pcdeq_zoo.operators import Convolution, Operator
 
-__all__ = ["EquilibriumMap", "FixedPointMap", "FunctionMap", "LinearizedMap", "Pair", "cache_blocks", "per_sample"]
+__all__ = [
+    "AffineMap",
+    "EquilibriumMap",
+    "FixedPointMap",
+    "FunctionMap",
+    "LinearizedMap",
+    "Pair",
+    "cache_blocks",
+    "per_sample",
+]
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
@@ -47,12 +57,14 @@ class Pair:
     Attributes:
         z1, z2: The iterates.
         d1, d2: z₁ − z₀ and z₂ − z₁.
-        p1, p2: The arguments of σ, z₁ = σ(p₁) and z₂ = σ(p₂), where they were asked for.
-        size1, size2, size: ‖d₁‖₂, ‖d₂‖₂ and ‖z₂‖₂ of each sample, shape (N,); of `rescaled` ones relative to its
-            largest entry.
+        p1, p2: Of an `AffineMap`, z₁ = f(p₁) and z₂ = f(p₂); p₁ is kept only if it is from a full product.
+        size1, size2, size: ‖d₁‖₂, ‖d₂‖₂ and ‖z₂‖₂ of each sample, shape (N,); of a `rescaled` pair relative to
+            its largest entry.
+        moved: How far reduced products have moved z₂ since the last full one: ‖ ‖₂ of the changes they made, added
+            up, shape (N,); None where products are full.
     """
 
-    __slots__ = ("_change", "_size", "d1", "d2", "dims", "p1", "p2", "size1", "size2", "z1", "z2")
+    __slots__ = ("_change", "_size", "d1", "d2", "dims", "moved", "p1", "p2", "size1", "size2", "z1", "z2")
 
     def __init__(
         self, z1: Tensor, z2: Tensor, d1: Tensor, d2: Tensor, p1: Tensor | None = None, p2: Tensor | None = None
@@ -60,6 +72,7 @@ class Pair:
         self.z1, self.z2, self.d1, self.d2, self.p1, self.p2 = z1, z2, d1, d2, p1, p2
         self.dims = list(range(1, z2.ndim))
         self.size1, self.size2 = (torch.linalg.vector_norm(d, dim=self.dims) for d in (d1, d2))
+        self.moved: Tensor | None = None
         self._size: Tensor | None = None
         self._change: Tensor | None = None
 
@@ -76,30 +89,45 @@ class Pair:
             self._change = self.size2 / self.size
         return self._change
 
-    def in_range(self) -> Tensor:
-        """True where the squares in the norms neither vanish nor overflow, shape (N,), bool."""
-        return (self.size2 > 1e-15) & (self.size + self.size1 < 1e15)
+    def in_range(self) -> bool:
+        """Whether no square of a change vanishes. Norms that overflow are infinite, and make errors of 0 or NaN."""
+        return self.size2.amin().item() > 1e-15
 
-    def rescale(self) -> None:
-        """Take the norms again at a scale where no square leaves the range of floats.
+    def rescaled(self) -> tuple[Pair, Tensor]:
+        """The same pair with its norms at a scale where no square leaves the range of floats, shape (N,), and that.
 
         The squares of tiny or huge samples do, and a norm that vanished would read as convergence.
         """
         scale = torch.maximum(torch.maximum(self.z2.abs(), self.d2.abs()), self.d1.abs()).amax(self.dims, keepdim=True)
         scale.clamp_(min=1e-37)
-        norm = torch.linalg.vector_norm
-        self.size1, self.size2, self._size = (norm(t / scale, dim=self.dims) for t in (self.d1, self.d2, self.z2))
-        self._size.clamp_(min=1e-30)  # of a sample that is 0, and so does not change
-        self._change = None
+        pair, norm = copy.copy(self), torch.linalg.vector_norm
+        pair.size1, pair.size2, size = (norm(t / scale, dim=self.dims) for t in (self.d1, self.d2, self.z2))
+        pair._size, pair._change = size.clamp_(min=1e-30), None  # 0 is the size of a sample that is, and stays, 0
+        scale = scale.flatten()
+        if self.moved is not None:
+            pair.moved = self.moved / scale
+        return pair, scale
 
 
 class FixedPointMap:
-    """What a solver needs of a map g. Subclasses: `EquilibriumMap`, `LinearizedMap`, `FunctionMap`."""
+    """What a solver needs of a map g. Subclasses: `AffineMap` with those of a layer, and `FunctionMap`."""
 
     start: Tensor  # first iterate, shape (N, ...)
+    reduced_error: float | None = None  # relative error of its products, where these are reduced
 
-    def pair(self, z: Tensor, keep_arguments: bool) -> Pair:
-        """Two evaluations from z. With `keep_arguments` the pair has p1 and p2, if this is an `EquilibriumMap`."""
+    @property
+    def check_every(self) -> int:
+        """Evaluations after which it is worth to ask whether samples are done: a multiple of 2."""
+        return 2 if self.start.device.type == "cpu" else 4  # reading the answer waits for the device
+
+    def pair(self, z: Tensor, before: Pair | None = None, full: Tensor | None = None) -> Pair:
+        """Two evaluations from z.
+
+        Args:
+            z: Where to start.
+            before: The pair that led to z, which is used up; None: the first product is a full one.
+            full: Samples whose first product must not be reduced, shape (N,), bool; None: none.
+        """
         raise NotImplementedError
 
     def project(self, z: Tensor) -> Tensor:
@@ -110,134 +138,175 @@ class FixedPointMap:
         """The solution in its own units, in place."""
         return z
 
+    def __getitem__(self, samples: slice | Tensor) -> FixedPointMap:
+        """The map of some of the samples."""
+        raise NotImplementedError
+
     def blocks(self) -> list[FixedPointMap]:
         """The map on the parts of the batch, in their order, that are best solved one after the other."""
         return [self]
 
+    def in_full_precision(self) -> FixedPointMap:
+        """The same without reduced products."""
+        return self
 
-class EquilibriumMap(FixedPointMap):
+
+class AffineMap(FixedPointMap):
+    """g(z) = f(p), p = A z + x, with f unit by unit: the form of the equilibrium and of its linearisation.
+
+    Where A has reduced products, p is kept, and moved along by A (z − z') with the changes of z: as these shrink, so do
+    the errors of their products, and only those of the first ones are left. `Pair.moved` tells how much that may be.
+    Where it is too much, the solver asks for one full product, which sets p right.
+
+    Args:
+        x: Shape (N, ...), in the memory order of `operator`.
+        operator: A.
+    """
+
+    def __init__(self, x: Tensor, operator: Operator) -> None:
+        self.x = x
+        self.operator = operator
+        self.reduced_error = operator.reduced_error
+
+    @cached_property
+    def check_every(self) -> int:
+        # On a GPU the answer is waited for; of a small matrix two products are done in the time it takes.
+        return 2 if self.x.device.type == "cpu" and isinstance(self.operator, Convolution) else 4
+
+    def apply(self, p: Tensor, out: Tensor | None = None) -> Tensor:
+        """f(p), into `out` if given, which may be p."""
+        raise NotImplementedError
+
+    def argument(self, z: Tensor) -> Tensor:
+        """p = A z + x."""
+        return self.operator.affine(z, self.x)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return self.apply(self.argument(z))
+
+    @property
+    def start(self) -> Tensor:  # type: ignore[override]
+        """g(0) = f(x): the iterate after 0, which costs no product."""
+        return self.apply(self.x)
+
+    def pair(self, z: Tensor, before: Pair | None = None, full: Tensor | None = None) -> Pair:
+        if self.reduced_error is None:
+            p1 = self.argument(z)
+            z1 = self.apply(p1)
+            p2 = self.argument(z1)
+            z2 = self.apply(p2)
+            return Pair(z1, z2, z1 - z, z2 - z1, p1, p2)
+        if before is None:
+            p = self.argument(z)
+        else:
+            assert before.p2 is not None
+            p = before.p2.add_(self.operator.reduced(z - before.z1))
+        if full is not None:
+            rows = full.nonzero()[:, 0]
+            p = self.argument(z) if len(rows) == len(z) else p.index_copy_(0, rows, self[rows].argument(z[rows]))
+        z1 = self.apply(p)
+        d1 = z1 - z
+        increment = self.operator.reduced(d1)
+        p2 = p + increment if before is None else p.add_(increment)
+        z2 = self.apply(p2)
+        pair = Pair(z1, z2, d1, z2 - z1, p if before is None else None, p2)
+        pair.moved = pair.size2
+        if before is not None and before.moved is not None:
+            moved = before.moved + pair.size1
+            pair.moved = pair.size2 + (moved if full is None else moved.masked_fill(full, 0))
+        return pair
+
+    def __getitem__(self, samples: slice | Tensor) -> AffineMap:
+        raise NotImplementedError
+
+    def blocks(self) -> list[FixedPointMap]:
+        blocks = cache_blocks(self.x)
+        return [self] if len(blocks) == 1 else [self[samples] for samples in blocks]
+
+    def in_full_precision(self) -> AffineMap:
+        full = copy.copy(self)
+        full.reduced_error = None
+        return full
+
+
+class EquilibriumMap(AffineMap):
     """g(z) = σ(W z + x) for z ≥ 0, x the input map of u: positive and concave, with exactly one fixed point.
 
     Args:
-        u: Input of the layer, shape (N, ...), in the memory order of `weight`.
-        weight: W.
+        u: Input of the layer, shape (N, ...), in the memory order of `operator`.
+        operator: W.
         activation: σ and its input map.
     """
 
-    def __init__(self, u: Tensor, weight: Operator, activation: Activation) -> None:
+    def __init__(self, u: Tensor, operator: Operator, activation: Activation) -> None:
         self.u = u
-        self.weight = weight
+        self.operator = operator
         self.activation = activation
+        self.reduced_error = operator.reduced_error
 
     @cached_property
-    def x(self) -> Tensor:
+    def x(self) -> Tensor:  # type: ignore[override]
         """The mapped input, shape (N, ...); NaN where u is infinite, for what overflowed before it is no input."""
         x = self.activation.input_map(self.u)
         if self.u.device.type != "cpu" or not math.isfinite(self.u.sum().item()):
             x += self.u - self.u
         return x
 
-    @property
-    def start(self) -> Tensor:  # type: ignore[override]
-        """g(0) = σ(x): the iterate after 0, which costs no product with W."""
-        return self.activation.evaluate(self.x, None)
-
-    def argument(self, z: Tensor) -> Tensor:
-        """p = W z + x."""
-        return self.weight(z).add_(self.x)
-
-    def __call__(self, z: Tensor) -> Tensor:
-        return self.activation.evaluate(self.argument(z), None)
-
-    def pair(self, z: Tensor, keep_arguments: bool) -> Pair:
-        p1 = self.argument(z)
-        z1 = self.activation.evaluate(p1, None)
-        d1 = z1 - z
-        if keep_arguments:
-            p2 = self.argument(z1)
-            z2 = self.activation.evaluate(p2, None)
-            return Pair(z1, z2, d1, z2 - z1, p1, p2)
-        p2 = p1.add_(self.weight.increment(d1))
-        z2 = self.activation.evaluate(p2, p2)
-        return Pair(z1, z2, d1, z2 - z1)
+    def apply(self, p: Tensor, out: Tensor | None = None) -> Tensor:
+        return self.activation.evaluate(p, out)
 
     def project(self, z: Tensor) -> Tensor:
         return z.clamp_(0, self.activation.supremum)
 
     def slopes(self, z: Tensor) -> Tensor:
-        """σ′(W z + x), the diagonal D of the linearisation D W at z."""
-        if self.activation.derivative_of_output is not None:
-            return self.activation.derivative_of_output(z)
-        return self.activation.derivative(self.argument(z))
+        """D = diag σ′(W z + x), from a full product: where p is large, a small share of it is a large one of σ′(p)."""
+        return self.activation.derivative(z if self.activation.slope_of_output else self.argument(z))
 
     def __getitem__(self, samples: slice | Tensor) -> EquilibriumMap:
-        return EquilibriumMap(self.u[samples], self.weight, self.activation)
+        part = EquilibriumMap(self.u[samples], self.operator, self.activation)
+        part.reduced_error = self.reduced_error
+        return part
 
     def double(self) -> EquilibriumMap:
         """The same map in float64."""
-        return EquilibriumMap(self.u.double(), self.weight.double(), self.activation)
+        return EquilibriumMap(self.u.double(), self.operator.double(), self.activation)
 
     def blocks(self) -> list[FixedPointMap]:
         blocks = cache_blocks(self.u)
         return [self] if len(blocks) == 1 else [self[samples] for samples in blocks]
 
 
-class LinearizedMap(FixedPointMap):
+class LinearizedMap(AffineMap):
     """a ↦ D (A a + g) at an equilibrium z★, D = diag σ′(W z★ + x), A = W or Wᵀ. Its fixed point is (I − D A)⁻¹ D g.
 
     With A = Wᵀ and g the gradient with respect to z★ that is the gradient with respect to x (implicit function
     theorem); with A = W and g the tangent of W z★ + x at fixed z★ it is the tangent of z★. ρ(D W) < 1 whatever the
     size of W: concavity gives σ(x) ≤ z★ − D W z★, so D W z★ ≤ c z★ with c < 1 and z★ ≫ 0.
 
+    It is solved for g / max |g|, sample by sample: the squares of very small gradients vanish.
+
     Args:
-        equilibrium: The map whose equilibrium is z.
-        z: z★, shape (N, ...).
+        slopes: D, shape (N, ...).
         g: Shape (N, ...).
         operator: A.
     """
 
-    def __init__(self, equilibrium: EquilibriumMap, z: Tensor, g: Tensor, operator: Operator) -> None:
-        self.equilibrium = equilibrium
-        self.z = z
-        self.g = g
-        self.operator = operator
+    def __init__(self, slopes: Tensor, g: Tensor, operator: Operator) -> None:
+        largest = g.abs().amax(list(range(1, g.ndim)), keepdim=True)
+        self.scale = largest.masked_fill_(largest == 0, 1.0)
+        super().__init__(g / self.scale, operator)
+        self.slopes = slopes
 
-    @cached_property
-    def scale(self) -> Tensor:
-        """Largest entry of g, sample by sample, 1 where that is 0, shape (N, 1, ...).
-
-        The equation is linear, and solved at scale 1: the squares of very small gradients vanish.
-        """
-        scale = self.g.abs().amax(list(range(1, self.g.ndim)), keepdim=True)
-        return torch.where(scale == 0, 1, scale)
-
-    @cached_property
-    def _terms(self) -> tuple[Tensor, Tensor]:
-        return self.equilibrium.slopes(self.z), self.g / self.scale
-
-    @property
-    def start(self) -> Tensor:  # type: ignore[override]
-        """The value at 0, D g."""
-        d, g = self._terms
-        return g * d
-
-    def pair(self, a: Tensor, keep_arguments: bool) -> Pair:
-        d, g = self._terms
-        p = self.operator(a).add_(g)
-        a1 = p * d
-        d1 = a1 - a
-        a2 = p.add_(self.operator.increment(d1)).mul_(d)
-        return Pair(a1, a2, d1, a2 - a1)
+    def apply(self, p: Tensor, out: Tensor | None = None) -> Tensor:
+        return torch.mul(p, self.slopes, out=out)
 
     def restore(self, a: Tensor) -> Tensor:
         return a.mul_(self.scale)
 
-    def __getitem__(self, samples: slice) -> LinearizedMap:
-        return LinearizedMap(self.equilibrium[samples], self.z[samples], self.g[samples], self.operator)
-
-    def blocks(self) -> list[FixedPointMap]:
-        blocks = cache_blocks(self.z)
-        return [self] if len(blocks) == 1 else [self[samples] for samples in blocks]
+    def __getitem__(self, samples: slice | Tensor) -> LinearizedMap:
+        part = copy.copy(self)
+        part.x, part.scale, part.slopes = self.x[samples], self.scale[samples], self.slopes[samples]
+        return part
 
 
 class FunctionMap(FixedPointMap):
@@ -262,7 +331,7 @@ class FunctionMap(FixedPointMap):
             raise ValueError("step must return a new tensor, got one that changes what it is given in place")
         return new
 
-    def pair(self, z: Tensor, keep_arguments: bool) -> Pair:
+    def pair(self, z: Tensor, before: Pair | None = None, full: Tensor | None = None) -> Pair:
         z1 = self._evaluate(z)
         z2 = self._evaluate(z1)
         return Pair(z1, z2, z1 - z, z2 - z1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-__all__ = ["aitken_rate", "remaining_error"]
+__all__ = ["aitken_factor", "remaining_error"]
 
 
 def remaining_error(change: Tensor, size1: Tensor, size2: Tensor) -> Tensor:
@@ -16,14 +16,14 @@ def remaining_error(change: Tensor, size1: Tensor, size2: Tensor) -> Tensor:
     return change * size2 / (size1 - size2).clamp(min=1e-37)
 
 
-def aitken_rate(d1: Tensor, d2: Tensor, size1: Tensor, dims: list[int]) -> Tensor:
-    """The Rayleigh quotient ⟨d₁, d₂⟩ / ‖d₁‖² as the rate of the series, shape (N,); 0 where it is none.
+def aitken_factor(d1: Tensor, d2: Tensor, size1: Tensor, dims: list[int]) -> Tensor:
+    """How many times d₂ the rest of the series is, ρ / (1 − ρ), shape (N,); 0 where it is no series.
 
-    At most 0.95 is believed: an extrapolation adds at most 0.95 / (1 − 0.95) = 19 times the last change.
+    Its rate ρ is the Rayleigh quotient ⟨d₁, d₂⟩ / ‖d₁‖². At most 19 is believed, which is that of 0.95.
 
     Args:
         d1, d2, size1: See above.
         dims: All but the first.
     """
-    rate = ((d2 * d1).sum(dims) / (size1 * size1)).nan_to_num(0.0, 0.0, 0.0)
-    return rate.masked_fill(rate >= 1, 0.0).clamp(0.0, 0.95)
+    along = (d2 * d1).sum(dims)
+    return (along / (size1 * size1 - along)).nan_to_num(0.0, 0.0, 0.0).clamp(0.0, 19.0)

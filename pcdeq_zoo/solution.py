@@ -112,10 +112,24 @@ class Solution:
             )
         return "; ".join(parts) or None
 
+    def _parts(self) -> tuple[Tensor, ...]:
+        return self.value, self.status, self.evaluations, self.residual, self.bound
+
     def __getitem__(self, samples: Tensor) -> Solution:
         """The solution of some of the samples."""
-        parts = (self.value, self.status, self.evaluations, self.residual, self.bound)
-        return Solution(*(part[samples] for part in parts))
+        return Solution(*(part[samples] for part in self._parts()))
+
+    @staticmethod
+    def cat(solutions: list[Solution]) -> Solution:
+        """The solutions of the parts of a batch as one."""
+        if len(solutions) == 1:
+            return solutions[0]
+        return Solution(*map(torch.cat, zip(*(solution._parts() for solution in solutions), strict=True)))
+
+    def replace(self, samples: Tensor, other: Solution) -> None:
+        """Put another solution of some of the samples, by their indices, in the place of theirs."""
+        for mine, others in zip(self._parts(), other._parts(), strict=True):
+            mine[samples] = others
 
 
 class SolveRecord(NamedTuple):

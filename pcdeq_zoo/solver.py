@@ -16,19 +16,22 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from pcdeq_zoo.certificate import Witness, error_bound, find_witness, no_witness
+from pcdeq_zoo.certificate import Witness, error_bound, find_witness
 from pcdeq_zoo.maps import EquilibriumMap, FixedPointMap, FunctionMap, Pair, per_sample
-from pcdeq_zoo.series import aitken_rate, remaining_error
+from pcdeq_zoo.series import aitken_factor, remaining_error
 from pcdeq_zoo.solution import OnFailure, Solution, Status
 
 __all__ = ["Solver", "Stop", "solve"]
 
 Stop = Literal["certified", "estimated", "residual"]
+
+DEFAULT_TOL: dict[Stop, float] = {"certified": 1e-3, "estimated": 3e-4, "residual": 1e-4}
 
 
 class Verdict(NamedTuple):
@@ -36,34 +39,45 @@ class Verdict(NamedTuple):
 
     Attributes:
         error: To compare with the tolerance, shape (N,).
+        rounding: The part of it that is due to reduced products, shape (N,); None where there are none.
         witness: What a certified solve has found up to now, for the next pair.
     """
 
     error: Tensor
+    rounding: Tensor | None = None
     witness: Witness | None = None
 
 
 def residual(map_: FixedPointMap, pair: Pair, number: int, tol: float, before: Witness | None) -> Verdict:
     """‖d₂‖₂ / ‖z₂‖₂ over a sample's own entries: the paper's criterion (section 5), per sample."""
-    return Verdict(pair.change)
+    return _with_rounding(map_, pair, pair.change)
 
 
 def estimated(map_: FixedPointMap, pair: Pair, number: int, tol: float, before: Witness | None) -> Verdict:
     """The error ‖d₂‖ r / (1 − r) that is left if changes go on as a geometric series with r = ‖d₂‖ / ‖d₁‖, relative."""
-    return Verdict(remaining_error(pair.change, pair.size1, pair.size2))
+    return _with_rounding(map_, pair, remaining_error(pair.change, pair.size1, pair.size2))
+
+
+def _with_rounding(map_: FixedPointMap, pair: Pair, left: Tensor) -> Verdict:
+    """What the iteration has left to do, and what reduced products have cost up to now."""
+    if not map_.reduced_error:
+        return Verdict(left)
+    assert pair.moved is not None
+    rounding = map_.reduced_error * pair.moved / pair.size
+    return Verdict(left + rounding, rounding)
 
 
 def certified(map_: FixedPointMap, pair: Pair, number: int, tol: float, before: Witness | None) -> Verdict:
     """The largest relative error of a unit, proven; see `pcdeq_zoo.certificate`."""
-    if not isinstance(map_, EquilibriumMap):
-        raise ValueError(
-            'stop="certified" takes the map of a pcDEQ layer, layer.fixed_point_map(u): nothing can be proven of any '
-            'other; use "estimated" or "residual"'
-        )
-    witness = no_witness(map_) if before is None else before
-    if witness.found.device.type != "cpu" or not bool(witness.found.all()):
-        witness = find_witness(map_, pair, witness, number)
-    return Verdict(error_bound(map_, pair, witness, tol), witness)
+    assert isinstance(map_, EquilibriumMap)
+    assert pair.p1 is not None
+    z = pair.z1 - pair.d1
+    if before is None:
+        before = find_witness(map_, z, pair.p1, pair.z1)
+    elif not bool(before.found.all()):
+        rows = (~before.found).nonzero()[:, 0]
+        before.replace(rows, find_witness(map_[rows], z[rows], pair.p1[rows], pair.z1[rows], number))
+    return Verdict(error_bound(map_, pair, before, tol), witness=before)
 
 
 # To add a rule, add a function here and its name to `Stop`.
@@ -74,54 +88,60 @@ RULES: dict[Stop, Callable[[FixedPointMap, Pair, int, float, Witness | None], Ve
 }
 
 
-class Extrapolation(NamedTuple):
-    """Of each sample, shape (N,): whether extrapolating still helps, whether it was done last, and the change then."""
+def extrapolate(pair: Pair, limit: Tensor) -> tuple[Tensor, Tensor]:
+    """Extrapolate a pair as a geometric series with one rate per sample (vector Aitken).
 
-    helps: Tensor
-    done: Tensor
-    last_size: Tensor
+    Not for a sample that now changes more than before it was last extrapolated: plain iteration has to bring it there
+    first, which it does from everywhere.
 
-
-def extrapolate(pair: Pair, before: Extrapolation, allowed: Tensor | None) -> tuple[Tensor, Extrapolation]:
-    """Extrapolate a pair as a geometric series with one rate per sample.
-
-    Vector Aitken with the Rayleigh quotient ⟨d₁, d₂⟩ / ‖d₁‖² for the rate. Given up for a sample when it changes more
-    after an extrapolation than before, so that plain iteration takes over.
+    Args:
+        pair: Of N samples.
+        limit: Largest change ‖d₁‖ to extrapolate, shape (N,).
 
     Returns:
-        The next iterate, shape (N, ...), z₂ where it is not extrapolated; and the state for the next pair.
+        The next iterate, shape (N, ...), z₂ where it is not extrapolated; and the next limit.
     """
-    rate = aitken_rate(pair.d1, pair.d2, pair.size1, pair.dims)
-    helps = before.helps & ~(before.done & (pair.size1 > before.last_size))
-    rate *= helps if allowed is None else helps & allowed
-    z = torch.addcmul(pair.z2, per_sample(rate / (1 - rate), pair.z2), pair.d2)
-    return z, Extrapolation(helps, rate > 0, pair.size2)
+    factor = aitken_factor(pair.d1, pair.d2, pair.size1, pair.dims).masked_fill_(pair.size1 > limit, 0.0)
+    if pair.moved is not None:
+        pair.moved.addcmul_(factor, pair.size2)
+    z = torch.addcmul(pair.z2, per_sample(factor, pair.z2), pair.d2)
+    return z, torch.where(factor > 0, pair.size2, limit)
 
 
 class _Outcome:
-    """The samples of a solve that have ended, and how."""
+    """What is known of the samples of a solve, those that have ended among them."""
 
     def __init__(self, start: Tensor, max_evals: int) -> None:
         count, device = len(start), start.device
-        self.value: Tensor | None = None
-        self.status = torch.full((count,), int(Status.MAX_EVALUATIONS), dtype=torch.int8, device=device)
+        self.value = start
         self.evaluations = torch.full((count,), max_evals // 2 * 2, dtype=torch.int64, device=device)
-        self.residual = self.bound = torch.full((count,), math.inf, dtype=start.dtype, device=device)
-        self.running = torch.ones(count, dtype=torch.bool, device=device)
+        self.change = self.error = torch.full((count,), math.inf, dtype=start.dtype, device=device)
+        self.running: Tensor | None = None  # before the first check all are
 
-    def close(self, k: int, change: Tensor, error: Tensor, tol: float, value: Tensor, proven: bool) -> bool:
-        """Fix the samples that converged or failed by evaluation k; True if none is left."""
-        done = self.running & (error <= tol)
-        failed = self.running & ~change.isfinite()
-        self.status.masked_fill_(done, Status.CONVERGED).masked_fill_(failed, Status.NON_FINITE)
-        self.evaluations.masked_fill_(done | failed, k)
-        self.residual = torch.where(self.running, change, self.residual)
-        if proven:
-            self.bound = torch.where(self.running, error, self.bound)
-        # Those that run on are overwritten at a later check.
-        self.value = value if self.value is None else torch.where(per_sample(self.running, value), value, self.value)
-        self.running = self.running & ~(done | failed)
+    def close(self, k: int, change: Tensor, error: Tensor, tol: float, value: Tensor) -> bool:
+        """Note what evaluation k gave; fixed from now on where the error is below tol, or NaN. True if none is left."""
+        goes_on = error > tol
+        if self.running is None:
+            self.change, self.error, self.value = change, error, value
+            self.running = goes_on
+            self.evaluations.masked_fill_(~goes_on, k)
+        else:
+            running = self.running
+            self.change = torch.where(running, change, self.change)
+            self.error = torch.where(running, error, self.error)
+            self.value = torch.where(per_sample(running, value), value, self.value)
+            self.running = running & goes_on
+            self.evaluations.masked_fill_(running & ~goes_on, k)
         return not bool(self.running.any())
+
+    def solution(self, value: Tensor, tol: float, proven: bool) -> Solution:
+        """With the value in its own units."""
+        status = torch.full_like(self.evaluations, int(Status.MAX_EVALUATIONS), dtype=torch.int8)
+        status.masked_fill_(self.error <= tol, int(Status.CONVERGED)).masked_fill_(
+            self.error.isnan(), int(Status.NON_FINITE)
+        )
+        bound = self.error if proven else torch.full_like(self.error, math.inf)
+        return Solution(value, status, self.evaluations, self.change, bound)
 
 
 def solve(
@@ -135,8 +155,8 @@ def solve(
 ) -> Solution:
     """Iterate z ← step(z) until every sample has converged, failed, or used up its evaluations.
 
-    The iteration goes by pairs of evaluations. The two changes of a pair give the criterion, which is asked after each
-    pair (on a GPU after every second), and the extrapolation.
+    The iteration goes by pairs of evaluations. The two changes of a pair give the extrapolation, and the criterion,
+    which is asked after each pair, or every second one (see `FixedPointMap.check_every`).
 
     Args:
         step: Map of (N, ...) to new (N, ...) that treats each sample by itself; a function, or the map of a layer.
@@ -157,51 +177,84 @@ def solve(
         step = FunctionMap(step, start)
     elif start is not None:
         raise ValueError("the map of a layer has a start of its own; got another one")
-    return _solve_by_blocks(step, tol, max_evals, stop, accelerate)
+    with nullcontext() if isinstance(step, FunctionMap) else torch.no_grad():
+        return _solve_by_blocks(step, tol, max_evals, stop, accelerate)
 
 
 def _solve_by_blocks(map_: FixedPointMap, tol: float, max_evals: int, stop: Stop, accelerate: bool) -> Solution:
-    parts = [_solve(block, tol, max_evals, stop, accelerate) for block in map_.blocks()]
-    if len(parts) == 1:
-        return parts[0]
-    names = ("value", "status", "evaluations", "residual", "bound")
-    return Solution(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+    solve = _solve_certified if stop == "certified" else _solve
+    return Solution.cat([solve(block, block.start, tol, max_evals, stop, accelerate) for block in map_.blocks()])
 
 
-def _solve(map_: FixedPointMap, tol: float, max_evals: int, stop: Stop, accelerate: bool) -> Solution:
-    rule, proven = RULES[stop], stop == "certified"
-    z = map_.start
+def _solve_certified(
+    map_: FixedPointMap, z: Tensor, tol: float, max_evals: int, stop: Stop, accelerate: bool
+) -> Solution:
+    """Go near the equilibrium without a proof, and on from there with one."""
+    if not isinstance(map_, EquilibriumMap):
+        raise ValueError(
+            'stop="certified" takes the map of a pcDEQ layer, layer.fixed_point_map(u): nothing can be proven of any '
+            'other; use "estimated" or "residual"'
+        )
+    near = _solve(map_, z, tol, max_evals // 4 * 2, "estimated", accelerate)
+    proven = _solve(map_, near.value, tol, max_evals - max_evals // 4 * 2, stop, accelerate)
+    proven.evaluations.add_(near.evaluations)
+    return proven
+
+
+def _solve(map_: FixedPointMap, z: Tensor, tol: float, max_evals: int, stop: Stop, accelerate: bool) -> Solution:
+    rule, proven, reduced = RULES[stop], stop == "certified", map_.reduced_error is not None
     outcome = _Outcome(z, max_evals)
     if z.is_meta or not len(z):  # shapes only: nothing to decide on
-        return Solution(z.clone(), outcome.status, outcome.evaluations, outcome.residual, outcome.bound)
-    # Reading a flag on the host synchronises; on a GPU that costs more than a pair.
-    check_every = 2 if z.device.type == "cpu" else 4
-    witness, state = None, Extrapolation(outcome.running, ~outcome.running, outcome.residual)
+        return outcome.solution(z.clone(), tol, proven)
+    check_every = 2 if proven else map_.check_every
+    witness: Witness | None = None
+    pair: Pair | None = None
+    full: Tensor | None = None
+    limit = outcome.error
     for k in range(2, max_evals + 1, 2):
-        pair = map_.pair(z, proven)
-        error, next_witness = rule(map_, pair, k // 2, tol, witness)
-        following = pair.z2
-        if accelerate and next_witness is not None:
-            # Not before there is a witness, and not below the b above which it is one.
-            following, state = extrapolate(pair, state, next_witness.found)
-            following = torch.maximum(following, next_witness.base)
-        elif accelerate:
-            following, state = extrapolate(pair, state, None)
-            following = map_.project(following)
-        if k + 2 > max_evals or (k % check_every == 0 and not error.amin().item() > tol):
-            in_range = pair.in_range()
-            if not bool(in_range.all()) and not bool((in_range | ~outcome.running).all()):
-                pair.rescale()
-                error = rule(map_, pair, k // 2, tol, witness).error
-            # A bound holds for the iterate, so certified samples return that, and not its extrapolation.
-            answer = pair.z2 if proven else following
-            if outcome.close(k, pair.change, error, tol, answer, proven):
-                break
-        z, witness = following, next_witness
-        del pair, following  # free before the next pair allocates
-    assert outcome.value is not None
-    value = map_.restore(outcome.value)
-    return Solution(value, outcome.status, outcome.evaluations, outcome.residual, outcome.bound)
+        pair = map_.pair(z, None if proven else pair, full)
+        z, full = pair.z2, None
+        last, before = k + 2 > max_evals, witness
+        checks = last or k % check_every == 0
+        if checks:
+            verdict = rule(map_, pair, k // 2, tol, before)
+            witness = verdict.witness
+        if accelerate:
+            z, limit = extrapolate(pair, limit)
+            # Not below the b above which a witness is one.
+            z = map_.project(z) if witness is None else torch.maximum(map_.project(z), witness.base)
+        if checks:
+            least = verdict.error.amin().item()
+            if last or not least > tol:
+                change, error = pair.change, verdict.error
+                if not (least > 0 and pair.in_range()):
+                    measured, scale = pair.rescaled()
+                    change = measured.change
+                    if not proven:  # a proof has no norms in it
+                        error = rule(map_, measured, k // 2, tol, before).error
+                        if reduced:  # what products have cost was not measured at that scale: solved again, see below
+                            error = error.masked_fill(~((scale > 1e-15) & (scale < 1e15)), math.nan)
+                # A bound holds for the iterate, so certified samples return that, and not its extrapolation.
+                if outcome.close(k, change, error, tol, pair.z2 if proven else z):
+                    break
+            if verdict.rounding is not None:
+                full = _too_rounded(pair, verdict, tol)
+    solution = outcome.solution(map_.restore(outcome.value), tol, proven)
+    if reduced and not proven and bool(solution.status.any()):
+        rows = solution.status.nonzero()[:, 0]
+        again = map_[rows].in_full_precision()
+        solution.replace(rows, _solve(again, again.start, tol, max_evals, stop, accelerate))
+    return solution
+
+
+def _too_rounded(pair: Pair, verdict: Verdict, tol: float) -> Tensor | None:
+    """Where the next product must be a full one, shape (N,), bool: rounding stands in the way of the tolerance, and
+    the next pair will leave less to do than it has cost. None if nowhere.
+    """
+    assert verdict.rounding is not None
+    left_after_next = (verdict.error - verdict.rounding) * (pair.size2 / pair.size1).square_()
+    full = (verdict.rounding > tol / 2) & (verdict.rounding > left_after_next) & (verdict.error > tol)
+    return full if bool(full.any()) else None
 
 
 class Solver:
@@ -210,7 +263,8 @@ class Solver:
     Every setting is checked whenever it is set; there are no others.
 
     Args:
-        tol: Relative tolerance, above 0. What it bounds, `stop` says.
+        tol: Relative tolerance, above 0. What it bounds, `stop` says. None for what suits that: 1e-3 for "certified",
+            3e-4 for "estimated", 1e-4 for "residual".
         max_evals: Most evaluations per solve, at least 2. 200 is the paper's.
         stop: "certified": every unit of the equilibrium is proven to be within `tol`, relative (docs/certificate.md).
             "estimated": the error of a sample is estimated to be below `tol`, relative, from the rate at which it
@@ -225,20 +279,31 @@ class Solver:
         ValueError, TypeError, AttributeError: A value outside these, or a setting of another name.
     """
 
-    __slots__ = ("__weakref__", "max_evals", "on_failure", "stop", "tol")
+    __slots__ = ("__weakref__", "_tol", "max_evals", "on_failure", "stop")
 
-    tol: float
+    _tol: float | None
     max_evals: int
     stop: Stop
     on_failure: OnFailure
 
     def __init__(
-        self, tol: float = 1e-3, max_evals: int = 200, stop: Stop = "certified", on_failure: OnFailure = "warn"
+        self, tol: float | None = None, max_evals: int = 200, stop: Stop = "estimated", on_failure: OnFailure = "warn"
     ) -> None:
         self.tol, self.max_evals, self.stop, self.on_failure = tol, max_evals, stop, on_failure
 
+    @property
+    def tol(self) -> float:
+        """Relative tolerance; see the class."""
+        return DEFAULT_TOL[self.stop] if self._tol is None else self._tol
+
+    @tol.setter
+    def tol(self, value: float | None) -> None:
+        object.__setattr__(self, "_tol", value)
+
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "tol":
+        if name == "_tol":  # a copy, or a pickle
+            name = "tol"
+        if name == "tol" and value is not None:
             if isinstance(value, bool) or not isinstance(value, numbers.Real):
                 raise TypeError(f"tol must be a number above 0, got {value!r}")
             value = float(value)
@@ -254,7 +319,7 @@ class Solver:
             options = get_args(Stop if name == "stop" else OnFailure)
             if value not in options:
                 raise ValueError(f"{name} must be one of {', '.join(options)}, got {value!r}")
-        else:
+        elif name != "tol":
             raise AttributeError(f"a Solver has tol, max_evals, stop and on_failure, and no {name}")
         object.__setattr__(self, name, value)
 

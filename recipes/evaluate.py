@@ -118,7 +118,9 @@ def measure_run(run: Path, data: str | None, device: torch.device) -> dict[str, 
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SystemExit(f"{run} is not what train.py wrote: {type(error).__name__}: {error}") from error
     overlay = {"file": str(run / "model.safetensors")}
-    model = timm.create_model(variant.name, pretrained=True, pretrained_cfg_overlay=overlay).to(device)
+    model = timm.create_model(variant.name, pretrained=True, stop="certified", pretrained_cfg_overlay=overlay).to(
+        device
+    )
     images, labels = load(variant.dataset, split, data)
     measured = evaluate(model, variant.dataset, images[part], labels[part])
     row = results_row(model, measured, known)
@@ -207,7 +209,7 @@ def main() -> None:
         else:
             overlay = {"file": str(args.checkpoint)} if args.checkpoint else None
             try:
-                model = timm.create_model(args.model, pretrained=True, pretrained_cfg_overlay=overlay)
+                model = timm.create_model(args.model, pretrained=True, stop="certified", pretrained_cfg_overlay=overlay)
             except (RuntimeError, ValueError, LookupError, OSError, AssertionError) as error:  # timm's and the Hub's
                 raise SystemExit(f"no model {args.model!r}: {' '.join(str(error).split())[:500]}") from error
             architecture = model.pretrained_cfg["architecture"]

@@ -1,5 +1,6 @@
 """The proven bounds: they hold on trained and on adversarial layers, they are useful, and a broken one is noticed."""
 
+import copy
 import itertools
 import threading
 
@@ -21,7 +22,7 @@ from pcdeq_zoo import (
     enclosure,
     solve,
 )
-from pcdeq_zoo.certificate import error_bound, find_witness, no_witness, rounding_error
+from pcdeq_zoo.certificate import error_bound, find_witness, rounding_error
 from pcdeq_zoo.data import normalize
 from pcdeq_zoo.maps import EquilibriumMap
 from pcdeq_zoo.operators import Convolution, Dense, full_precision
@@ -99,30 +100,36 @@ def test_an_enclosure_holds_however_early_it_stops(kind: str, activation: str):
 
 @every_layer
 @pytest.mark.parametrize("norm", [0.5, 3.0, 30.0])
-@pytest.mark.parametrize("fact", [3, 4])
-def test_a_witness_makes_the_map_a_contraction(kind: str, activation: str, norm: float, fact: int):
-    """Fact 2 with the witnesses of facts 3 and 4: for any y, z above the base, random or next to it."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_witness_makes_the_map_a_contraction(kind: str, activation: str, norm: float, dtype: torch.dtype):
+    """Fact 2 with the witnesses of fact 3, near the equilibrium on either side, in products of either precision."""
     layer, u = make(kind, activation, norm)
-    step = layer.fixed_point_map(u)
-    z, witness = step.start, no_witness(step)
-    for number in range(1, 51):
-        pair = step.pair(z, True)
-        if fact == 4:
-            pair.d1.fill_(torch.nan)  # without a change there is no witness of fact 3
-        witness = find_witness(step, pair, witness, number)
-        if witness.found.all():
-            break
-        z = pair.z2
+    exact = layer.fixed_point_map(u)
+    step, equilibrium = copy.deepcopy(layer).to(dtype).fixed_point_map(u.to(dtype)), truth(layer, u).view_as(exact.x)
+    z = (equilibrium * (1 + 1e-3 * torch.randn_like(exact.x))).clamp(0, BOUND[activation]).to(dtype)
+    p = step.argument(z)
+    witness = find_witness(step, z, p, step.apply(p))
     assert witness.found.all()
-    base, x = witness.base, step.x
-    rate = witness.amplification / (1 + witness.amplification)  # of q / (1 − q)
-    pairs = [[torch.maximum(torch.rand_like(x) * BOUND[activation], base) for _ in range(2)] for _ in range(50)]
-    for y, z in [*pairs, [base, base + 1e-3 * witness.w]]:
-        distance = ((y - z).abs() / witness.w).flatten(1).amax(1)
-        image = ((step(y) - step(z)).abs() / witness.w).flatten(1).amax(1)
+    base, w, rate = (t.double() for t in (witness.base, witness.w, witness.rate))
+    assert (base <= equilibrium).all()
+    pairs = [[torch.maximum(torch.rand_like(w) * BOUND[activation], base) for _ in range(2)] for _ in range(50)]
+    for y, z in [*pairs, [base, base + 1e-3 * w]]:
+        distance = ((y - z).abs() / w).flatten(1).amax(1)
+        image = ((exact(y) - exact(z)).abs() / w).flatten(1).amax(1)
         assert (image <= rate * distance * (1 + 1e-9)).all()
     # Next to the base the rate is what it says, but for the margin of saturated units.
-    assert (image >= 0.9 * rate * distance)[rate > 0.01].all()
+    assert (image >= 0.8 * rate * distance)[rate > 0.01].all()
+
+
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+def test_a_point_too_far_away_has_no_witness(activation: str):
+    layer, u = make("conv", activation, 3.0)
+    step = layer.fixed_point_map(u)
+    z = torch.full_like(step.x, BOUND[activation])
+    p = step.argument(z) * 1e-3
+    witness = find_witness(step, z, p, step.apply(p))
+    assert not witness.found.any()
+    assert (witness.base == 0).all()
 
 
 @every_layer
@@ -157,7 +164,7 @@ def test_sigmoid_keeps_to_its_budget(kind: str, norm: float):
 @pytest.mark.parametrize("checkpoint", checkpoints().values(), ids=list(checkpoints()))
 def test_bounds_hold_on_the_checkpoints(checkpoint: Checkpoint, tol: float, sample):
     dataset = checkpoint.variant.dataset
-    model = timm.create_model(checkpoint.name, pretrained=True, tol=tol, on_failure="raise").eval()
+    model = timm.create_model(checkpoint.name, pretrained=True, stop="certified", tol=tol, on_failure="raise").eval()
     images = normalize(sample[0][:64], dataset) if dataset.name == "mnist" else torch.randn(16, *dataset.input_size)
     solved = []
     layers = [layer for layer in model.modules() if isinstance(layer, PcDEQLinear | PcDEQConv2d)]
@@ -192,19 +199,19 @@ def test_an_exact_evaluation_goes_where_the_rounding_bound_does_not(activation: 
 @pytest.mark.parametrize("activation", ["relu6", "tanh", "softsign"])
 def test_a_chain_of_units_is_certified(activation: str):
     """Each unit lives off the one before, almost linearly: relative to itself, g contracts it by 1e-8 only."""
-    layer = PcDEQLinear(4, activation, Solver(tol=1e-4, on_failure="raise"))
+    layer = PcDEQLinear(4, activation, Solver(tol=1e-4, stop="certified", on_failure="raise"))
     weight = torch.diag(torch.full((3,), 1e-2), -1)
     layer.set_weight(weight)
     x = torch.tensor([[1.0, -4.0, -4.0, -4.0]])
     solution = layer.solve(x)
-    assert solution.evaluations.item() <= 6
+    assert solution.evaluations.item() <= 8
     assert_holds(solution, truth(layer, x))
 
 
 @pytest.mark.parametrize("weight", [0.3, 0.5765])
 def test_bounds_hold_at_the_corner_of_relu6(weight: float):
     """Equilibria just below 6, where computed iterates are at 6 and g looks flat."""
-    layer = PcDEQLinear(1, "relu6", Solver(tol=1e-2, on_failure="ignore"))
+    layer = PcDEQLinear(1, "relu6", Solver(tol=1e-2, stop="certified", on_failure="ignore"))
     layer.set_weight(torch.full((1, 1), weight))
     x = 6 * (1 - weight) * (1 + torch.linspace(-1e-6, 1e-6, 500, dtype=torch.float64)[:, None])
     u = (torch.log(torch.expm1(5 * x)) / 5).float()
@@ -253,9 +260,9 @@ def test_what_is_proven_is_proven_in_full_precision(kind: str, activation: str, 
         layer(x)
     assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
     step, z = layer.fixed_point_map(x), torch.rand_like(layer.fixed_point_map(x).x)
-    outside = step(z)
+    outside = step.operator(z)
     with full_precision(x.device):
-        inside = step(z)
+        inside = step.operator(z)
     if kind == "linear" or torch.backends.mkldnn.conv.fp32_precision == "bf16":
         assert not torch.equal(outside, inside)  # the emulation is one
 

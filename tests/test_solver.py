@@ -140,7 +140,6 @@ SETTINGS = [
     ("tol", float("nan"), ValueError, "tol must be above 0 and finite, got nan"),
     ("tol", float("inf"), ValueError, "tol must be above 0 and finite, got inf"),
     ("tol", "1e-3", TypeError, "tol must be a number above 0, got '1e-3'"),
-    ("tol", None, TypeError, "tol must be a number above 0, got None"),
     ("max_evals", 1, ValueError, "max_evals must be at least 2, got 1"),
     ("max_evals", 2.9, TypeError, "max_evals must be an integer of at least 2, got 2.9"),
     ("max_evals", True, TypeError, "max_evals must be an integer of at least 2, got True"),

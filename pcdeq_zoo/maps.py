@@ -125,7 +125,7 @@ class FixedPointMap:
 
         Args:
             z: Where to start.
-            before: The pair that led to z, which is used up; None: the first product is a full one.
+            before: The pair that led to z, which is used up.
             full: Samples whose first product must not be reduced, shape (N,), bool; None: none.
         """
         raise NotImplementedError
@@ -158,20 +158,25 @@ class AffineMap(FixedPointMap):
     the errors of their products, and only those of the first ones are left. `Pair.moved` tells how much that may be.
     Where it is too much, the solver asks for one full product, which sets p right.
 
-    Args:
+    Attributes:
         x: Shape (N, ...), in the memory order of `operator`.
         operator: A.
+        reduced_error: See `FixedPointMap`.
+        starts_full: Whether the first product is a full one.
     """
 
-    def __init__(self, x: Tensor, operator: Operator) -> None:
-        self.x = x
-        self.operator = operator
-        self.reduced_error = operator.reduced_error
+    x: Tensor
+    operator: Operator
+    starts_full = True
+
+    def _whole(self) -> Tensor:
+        """A tensor of the whole batch that is there already."""
+        raise NotImplementedError
 
     @cached_property
     def check_every(self) -> int:
         # On a GPU the answer is waited for; of a small matrix two products are done in the time it takes.
-        return 2 if self.x.device.type == "cpu" and isinstance(self.operator, Convolution) else 4
+        return 2 if self._whole().device.type == "cpu" and isinstance(self.operator, Convolution) else 4
 
     def apply(self, p: Tensor, out: Tensor | None = None) -> Tensor:
         """f(p), into `out` if given, which may be p."""
@@ -196,23 +201,25 @@ class AffineMap(FixedPointMap):
             p2 = self.argument(z1)
             z2 = self.apply(p2)
             return Pair(z1, z2, z1 - z, z2 - z1, p1, p2)
-        if before is None:
-            p = self.argument(z)
-        else:
+        is_full = before is None and self.starts_full
+        if before is not None:
             assert before.p2 is not None
             p = before.p2.add_(self.operator.reduced(z - before.z1))
+        else:
+            p = self.argument(z) if is_full else self.x + self.operator.reduced(z)
         if full is not None:
             rows = full.nonzero()[:, 0]
             p = self.argument(z) if len(rows) == len(z) else p.index_copy_(0, rows, self[rows].argument(z[rows]))
         z1 = self.apply(p)
         d1 = z1 - z
         increment = self.operator.reduced(d1)
-        p2 = p + increment if before is None else p.add_(increment)
+        p2 = p + increment if is_full else p.add_(increment)
         z2 = self.apply(p2)
-        pair = Pair(z1, z2, d1, z2 - z1, p if before is None else None, p2)
-        pair.moved = pair.size2
-        if before is not None and before.moved is not None:
-            moved = before.moved + pair.size1
+        pair = Pair(z1, z2, d1, z2 - z1, p if is_full else None, p2)
+        if is_full:
+            pair.moved = pair.size2
+        else:  # what a product changed shows in the evaluation after it
+            moved = pair.size1 if before is None or before.moved is None else before.moved + pair.size1
             pair.moved = pair.size2 + (moved if full is None else moved.masked_fill(full, 0))
         return pair
 
@@ -220,7 +227,7 @@ class AffineMap(FixedPointMap):
         raise NotImplementedError
 
     def blocks(self) -> list[FixedPointMap]:
-        blocks = cache_blocks(self.x)
+        blocks = cache_blocks(self._whole())
         return [self] if len(blocks) == 1 else [self[samples] for samples in blocks]
 
     def in_full_precision(self) -> AffineMap:
@@ -271,9 +278,8 @@ class EquilibriumMap(AffineMap):
         """The same map in float64."""
         return EquilibriumMap(self.u.double(), self.operator.double(), self.activation)
 
-    def blocks(self) -> list[FixedPointMap]:
-        blocks = cache_blocks(self.u)
-        return [self] if len(blocks) == 1 else [self[samples] for samples in blocks]
+    def _whole(self) -> Tensor:
+        return self.u
 
 
 class LinearizedMap(AffineMap):
@@ -291,11 +297,23 @@ class LinearizedMap(AffineMap):
         operator: A.
     """
 
+    starts_full = False  # a gradient that is off by 1e-3 is good enough where `tol` asks for no more
+
     def __init__(self, slopes: Tensor, g: Tensor, operator: Operator) -> None:
-        largest = g.abs().amax(list(range(1, g.ndim)), keepdim=True)
-        self.scale = largest.masked_fill_(largest == 0, 1.0)
-        super().__init__(g / self.scale, operator)
         self.slopes = slopes
+        self.g = g
+        self.operator = operator
+        self.reduced_error = operator.reduced_error
+
+    @cached_property
+    def scale(self) -> Tensor:
+        """max |g|, sample by sample, 1 where that is 0, shape (N, 1, ...)."""
+        largest = self.g.abs().amax(list(range(1, self.g.ndim)), keepdim=True)
+        return largest.masked_fill_(largest == 0, 1.0)
+
+    @cached_property
+    def x(self) -> Tensor:  # type: ignore[override]
+        return self.g / self.scale
 
     def apply(self, p: Tensor, out: Tensor | None = None) -> Tensor:
         return torch.mul(p, self.slopes, out=out)
@@ -304,9 +322,12 @@ class LinearizedMap(AffineMap):
         return a.mul_(self.scale)
 
     def __getitem__(self, samples: slice | Tensor) -> LinearizedMap:
-        part = copy.copy(self)
-        part.x, part.scale, part.slopes = self.x[samples], self.scale[samples], self.slopes[samples]
+        part = LinearizedMap(self.slopes[samples], self.g[samples], self.operator)
+        part.reduced_error = self.reduced_error
         return part
+
+    def _whole(self) -> Tensor:
+        return self.g
 
 
 class FunctionMap(FixedPointMap):

@@ -59,12 +59,12 @@ def estimated(map_: FixedPointMap, pair: Pair, number: int, tol: float, before: 
 
 
 def _with_rounding(map_: FixedPointMap, pair: Pair, left: Tensor) -> Verdict:
-    """What the iteration has left to do, and what reduced products have cost up to now."""
+    """What the iteration has left to do, and what reduced products have cost up to now, which is independent of it."""
     if not map_.reduced_error:
         return Verdict(left)
     assert pair.moved is not None
     rounding = map_.reduced_error * pair.moved / pair.size
-    return Verdict(left + rounding, rounding)
+    return Verdict(left.hypot(rounding), rounding)
 
 
 def certified(map_: FixedPointMap, pair: Pair, number: int, tol: float, before: Witness | None) -> Verdict:
@@ -238,7 +238,7 @@ def _solve(map_: FixedPointMap, z: Tensor, tol: float, max_evals: int, stop: Sto
                 if outcome.close(k, change, error, tol, pair.z2 if proven else z):
                     break
             if verdict.rounding is not None:
-                full = _too_rounded(pair, verdict, tol)
+                full = _too_rounded(map_, pair, verdict, tol)
     solution = outcome.solution(map_.restore(outcome.value), tol, proven)
     if reduced and not proven and bool(solution.status.any()):
         rows = solution.status.nonzero()[:, 0]
@@ -247,13 +247,18 @@ def _solve(map_: FixedPointMap, z: Tensor, tol: float, max_evals: int, stop: Sto
     return solution
 
 
-def _too_rounded(pair: Pair, verdict: Verdict, tol: float) -> Tensor | None:
-    """Where the next product must be a full one, shape (N,), bool: rounding stands in the way of the tolerance, and
-    the next pair will leave less to do than it has cost. None if nowhere.
+def _too_rounded(map_: FixedPointMap, pair: Pair, verdict: Verdict, tol: float) -> Tensor | None:
+    """Where the next product must be a full one, shape (N,), bool; None if nowhere.
+
+    Where rounding stands in the way of the tolerance, and the next pair will leave less to do than it has cost. If
+    reduced products alone cannot do, a full one costs little beside the rest, and is made early enough to leave no
+    trace.
     """
     assert verdict.rounding is not None
-    left_after_next = (verdict.error - verdict.rounding) * (pair.size2 / pair.size1).square_()
-    full = (verdict.rounding > tol / 2) & (verdict.rounding > left_after_next) & (verdict.error > tol)
+    assert map_.reduced_error is not None
+    allowed = tol / 2 if map_.reduced_error <= tol else tol / 10
+    after_next = verdict.error * (pair.size2 / pair.size1).pow_(4)  # two evaluations, and what extrapolation takes
+    full = (verdict.rounding > allowed) & (verdict.rounding > after_next) & (verdict.error > tol)
     return full if bool(full.any()) else None
 
 

@@ -20,11 +20,12 @@ than --processes says.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -345,7 +346,16 @@ def is_finished(output: Path, result: str) -> bool:
     return True
 
 
+def keep_memory() -> None:
+    """Let glibc, if it is that, keep the memory of large tensors; without, page faults take a sixth of a step."""
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            libc.mallopt(parameter, 2**30)
+
+
 def main() -> None:
+    keep_memory()
     sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show must not end a run
     config, recipe = parse(__doc__)
     output = config.output

@@ -1,7 +1,7 @@
 # Two commands on a fresh machine (Linux or macOS, Python >= 3.10, pip):
 #   make demo   set up, train a net on a sample of MNIST, evaluate it and the one that ships
 #   make test   set up, check style and types, pass the quick tests
-# And make benchmark: measure against the paper's algorithm and torchdeq, about forty minutes in which nothing else may run.
+# And make benchmark: measure against the paper's algorithm and torchdeq, half an hour in which nothing else may run.
 
 PYTHON ?= python3
 BIN := .venv/bin

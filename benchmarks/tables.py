@@ -9,7 +9,6 @@ from typing import Any
 MEASURES = {
     "train_s": "Training step, batch 64",
     "infer_64_s": "Inference, batch 64",
-    "infer_512_s": "Inference, batch 512",
     "infer_1_s": "Inference, batch 1",
 }
 

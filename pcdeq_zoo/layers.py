@@ -20,7 +20,7 @@ from torch.fx import Proxy
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from pcdeq_zoo.activations import ACTIVATIONS, Activation
-from pcdeq_zoo.export import TraceableLoop
+from pcdeq_zoo.export import TraceableLoop, is_exporting
 from pcdeq_zoo.maps import EquilibriumMap, LinearizedMap
 from pcdeq_zoo.operators import autocast_to_bfloat16, full_precision, operator
 from pcdeq_zoo.solution import Direction, Solution, Status, announce
@@ -320,7 +320,7 @@ class _PcDEQLayer(TraceableLoop):
         v = self._prepare(u)
         if torch.jit.is_scripting():
             return self._scripted(v).reshape(u.shape).to(u.dtype)
-        elif torch.compiler.is_exporting() or (self.exportable and torch.compiler.is_compiling()):
+        elif is_exporting() or (self.exportable and torch.compiler.is_compiling()):
             return self._exported(v).reshape(u.shape).to(u.dtype)
         else:
             return self._implicit(v).reshape(u.shape).to(u.dtype)

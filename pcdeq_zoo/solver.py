@@ -242,8 +242,10 @@ def _solve(map_: FixedPointMap, z: Tensor, tol: float, max_evals: int, stop: Sto
     solution = outcome.solution(map_.restore(outcome.value), tol, proven)
     if reduced and not proven and bool(solution.status.any()):
         rows = solution.status.nonzero()[:, 0]
-        again = map_[rows].in_full_precision()
-        solution.replace(rows, _solve(again, again.start, tol, max_evals, stop, accelerate))
+        part = map_[rows].in_full_precision()
+        again = _solve(part, part.start, tol, max_evals, stop, accelerate)
+        again.evaluations.add_(solution.evaluations[rows])
+        solution.replace(rows, again)
     return solution
 
 

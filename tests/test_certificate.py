@@ -7,7 +7,7 @@ import threading
 import pytest
 import timm
 import torch
-from oracles import BOUND, CASES, dense, every_layer, input_map, make, newton
+from oracles import BOUND, CASES, every_layer, make, truth
 from torch import Tensor, nn
 
 from pcdeq_zoo import (
@@ -42,14 +42,6 @@ def adversarial(kind: str, activation: str, norm: float, input_name: str) -> tup
     """A float32 layer with random, partly zero W of that spectral norm, and a batch of inputs."""
     layer, x = make(kind, activation, norm, torch.float32, stop="certified", tol=1e-3, max_evals=2000)
     return layer, INPUTS[input_name](torch.randn(16, *x.shape[1:]))
-
-
-def truth(layer: nn.Module, x: Tensor) -> Tensor:
-    """The equilibrium in float64 by dense Newton steps, shape (N, n)."""
-    exact = x.double()
-    return newton(
-        dense(layer, exact, layer.weight.double()).detach(), input_map(layer, exact).flatten(1), layer.activation
-    )
 
 
 def assert_holds(solution: Solution, z: Tensor) -> None:

@@ -1,0 +1,122 @@
+"""What products and functions are computed in, what that costs, and that nobody has to know."""
+
+import pytest
+import timm
+import torch
+from oracles import BOUND, SIGMA, derivative, make, truth
+from torch import Tensor
+
+from pcdeq_zoo import ACTIVATIONS, PcDEQConv2d, Solver, record_solves
+from pcdeq_zoo.operators import Convolution
+
+
+@pytest.fixture(params=[True, False], ids=["bfloat16 products", "none"])
+def hardware(request, monkeypatch) -> bool:
+    """A machine with bfloat16 products, or one without, whatever this one is."""
+    monkeypatch.setattr("pcdeq_zoo.operators.has_bfloat16_products", lambda device: request.param)
+    return request.param
+
+
+@pytest.fixture
+def full_products(monkeypatch) -> list[int]:
+    """Numbers of samples of the full products that are made."""
+    samples: list[int] = []
+    whole = Convolution.__call__
+
+    def counted(operator: Convolution, z: Tensor) -> Tensor:
+        samples.append(len(z))
+        return whole(operator, z)
+
+    monkeypatch.setattr(Convolution, "__call__", counted)
+    return samples
+
+
+def relative(z: Tensor, exact: Tensor) -> Tensor:
+    return (z.double().flatten(1) - exact).norm(dim=1) / exact.norm(dim=1)
+
+
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+@pytest.mark.parametrize("count", [100, 2**16])
+def test_sigma_and_its_slope_of_small_and_large_tensors(activation: str, count: int):
+    """To the rounding errors that a certificate takes them for, in place as well, and without falling anywhere."""
+    p = torch.cat([torch.logspace(-30, 1.5, count), torch.rand(count) * 8]).sort().values
+    exact, record = p.double(), ACTIVATIONS[activation]
+    sigma = record.evaluate(p, None)
+    torch.testing.assert_close(sigma.double(), SIGMA[activation](exact), rtol=10 * 2**-24, atol=0)
+    assert (sigma <= BOUND[activation]).all()
+    assert (sigma.diff() >= -(2**-22) * sigma[1:]).all()
+    slope = record.derivative(p)
+    torch.testing.assert_close(slope.double(), derivative(activation, exact), rtol=1e-5, atol=1e-15)
+    assert record.evaluate(p, p) is p
+    assert torch.equal(p, sigma)
+
+
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+@pytest.mark.parametrize("tol", [1e-3, 3e-4, 1e-5])
+@pytest.mark.parametrize("norm", [0.8, 10.0])
+def test_a_solve_is_as_good_as_it_says_in_either_products(hardware: bool, activation: str, tol: float, norm: float):
+    layer, x = make("conv", activation, norm, torch.float32, stop="estimated", tol=tol, max_evals=400)
+    x = x.repeat(8, 1, 1, 1) * torch.logspace(-1, 0.5, 32).view(-1, 1, 1, 1)
+    solution = layer.solve(x)
+    assert solution.converged.all()
+    assert (relative(solution.value, truth(layer, x)) <= 5 * tol).all()  # an estimate, of the slowest mode alone
+
+
+def test_products_are_full_where_they_have_to_be(hardware: bool, full_products: list[int]):
+    """One of each sample to 1e-3, two at most to 1e-4; without hardware every one."""
+    model = timm.create_model("pcdeq1_mc_relu6_mnist", pretrained=True).eval()
+    layer, u = model.features.deq1, model.features[:2](torch.rand(8, 1, 28, 28))
+    for tol, most in ((1e-3, 1), (1e-4, 2)):
+        layer.solver.tol = tol
+        full_products.clear()
+        solution = layer.solve(u)
+        assert solution.converged.all()
+        assert solution.evaluations.min() >= 8
+        if hardware:
+            assert 8 * min(most, 1) <= sum(full_products) <= 8 * most
+        else:
+            assert sum(full_products) >= solution.evaluations.sum()
+
+
+@pytest.mark.parametrize("broken", [torch.zeros_like, torch.randn_like, lambda z: torch.full_like(z, torch.nan)])
+def test_what_reduced_products_cannot_finish_is_solved_without(broken, monkeypatch, recwarn):
+    monkeypatch.setattr("pcdeq_zoo.operators.has_bfloat16_products", lambda device: True)
+    layer, x = make("conv", "tanh", 3.0, torch.float32, stop="estimated", tol=1e-5)
+    whole = layer.solve(x)
+    monkeypatch.setattr(Convolution, "reduced", lambda operator, z: broken(z))
+    layer.solver.max_evals = 100
+    solution = layer.solve(x)
+    if broken is torch.zeros_like:  # which looks as if nothing changed
+        assert solution.converged.all()
+        return
+    assert solution.converged.all()
+    assert (relative(solution.value, whole.value.double().flatten(1)) <= 3e-5).all()
+    assert (solution.evaluations > whole.evaluations).all()
+
+
+def test_the_tolerance_follows_the_stop_until_it_is_set():
+    solver = Solver()
+    assert (solver.stop, solver.tol) == ("estimated", 3e-4)
+    solver.stop = "certified"
+    assert solver.tol == 1e-3
+    solver.tol = 2e-4
+    solver.stop = "residual"
+    assert solver.tol == 2e-4
+    solver.tol = None
+    assert solver.tol == 1e-4
+    model = timm.create_model("pcdeq1_l_tanh_mnist", stop="certified")
+    assert model.solver.tol == 1e-3
+
+
+def test_a_certificate_holds_with_either_products(hardware: bool):
+    layer = PcDEQConv2d(8, "relu6", solver=Solver(stop="certified", on_failure="raise"))
+    with torch.no_grad():
+        layer.direction.uniform_()
+        layer.magnitude.uniform_(0.3, 0.5)
+        x = torch.randn(6, 8, 9, 9)
+        with record_solves(layer) as solves:
+            layer(x)
+        solution, exact = layer.solve(x), truth(layer, x)
+    assert (solves[0].bound <= 1e-3).all()
+    value = solution.value.double().flatten(1)
+    assert ((value - exact).abs() <= solution.bound.double()[:, None] * value).all()

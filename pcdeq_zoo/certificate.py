@@ -125,7 +125,7 @@ def error_bound(map_: EquilibriumMap, pair: Pair, witness: Witness, tol: float) 
         error += (1 + amplification) * reduced * spread
     proven = error + amplification * gamma * (pair.z2 * witness.inverse).amax(pair.dims) * spread + gamma
     bound = torch.where(witness.found, proven, math.inf)
-    bound = torch.where(distance.isnan(), distance, bound)
+    bound = bound.masked_fill(pair.size2.isnan(), math.nan)
     # Once the iteration has nothing more to gain (its share is small beside the rest), ask a better evaluation.
     rounding_limited = witness.found & (bound > tol) & (error < 0.1 * bound)
     if bool(rounding_limited.any()):

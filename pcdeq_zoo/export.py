@@ -20,10 +20,7 @@ from torch._higher_order_ops import while_loop
 from pcdeq_zoo.activations import INPUT_FLOOR
 from pcdeq_zoo.series import aitken_factor, remaining_error
 
-__all__ = ["TraceableLoop", "is_exporting"]
-
-# PyTorch 2.6 tells exporting from compiling no more than that.
-is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+__all__ = ["TraceableLoop"]
 
 
 class TraceableLoop(nn.Module):
@@ -109,7 +106,7 @@ class TraceableLoop(nn.Module):
     def _exported(self, u: Tensor) -> Tensor:
         """The equilibrium as a loop that torch.export, ONNX and torch.compile(fullgraph=True) keep."""
         weight, x, supremum, tol, rounding = self._problem_of(u)
-        if is_exporting():  # exported programs have no gradient
+        if torch.compiler.is_exporting():  # exported programs have no gradient
             weight, x = weight.detach(), x.detach()
         problem = weight, x, supremum, tol, rounding
 

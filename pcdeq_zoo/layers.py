@@ -20,7 +20,7 @@ from torch.fx import Proxy
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from pcdeq_zoo.activations import ACTIVATIONS, Activation
-from pcdeq_zoo.export import TraceableLoop, is_exporting
+from pcdeq_zoo.export import TraceableLoop
 from pcdeq_zoo.maps import EquilibriumMap, LinearizedMap
 from pcdeq_zoo.operators import autocast_to_bfloat16, full_precision, operator
 from pcdeq_zoo.solution import Direction, Solution, Status, announce
@@ -45,11 +45,19 @@ class _Problem(NamedTuple):
         w = operator(weight, autocast=self.autocast)
         return EquilibriumMap(w.arrange(u), w, self.activation)
 
-    def equilibrium(self, map_: EquilibriumMap) -> Solution:
-        """Of this map, with whatever it takes to be told of a failure."""
-        solution = self.solver.equilibrium(map_)
+    def equilibrium(self, u: Tensor, weight: Tensor) -> Solution:
+        """Of u, both in the precision of the solve."""
+        with full_precision(u.device):
+            solution = self.solver.equilibrium(self.map(u, weight))
         announce(solution, self.layer(), "forward", self.thread, self.solver.on_failure)
         return solution
+
+    def differentiable_equilibrium(self, u: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """That, and σ′ there."""
+        with full_precision(u.device):
+            solution, slopes = self.solver.differentiable_equilibrium(self.map(u, weight))
+        announce(solution, self.layer(), "forward", self.thread, self.solver.on_failure)
+        return solution.value, slopes
 
     def linearized(self, slopes: Tensor, g: Tensor, weight: Tensor, direction: Direction) -> Tensor:
         """Fixed point of `LinearizedMap` at an equilibrium with these slopes: with Wᵀ "backward", with W else."""
@@ -76,10 +84,7 @@ class _Equilibrium(torch.autograd.Function):
 
     @staticmethod
     def forward(u: Tensor, weight: Tensor, problem: _Problem) -> tuple[Tensor, Tensor]:
-        with full_precision(u.device):
-            map_ = problem.map(u, weight)
-            z = problem.equilibrium(map_).value
-            return z, map_.slopes(z)
+        return problem.differentiable_equilibrium(u, weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, _Problem], output: tuple[Tensor, Tensor]) -> None:
@@ -320,7 +325,7 @@ class _PcDEQLayer(TraceableLoop):
         v = self._prepare(u)
         if torch.jit.is_scripting():
             return self._scripted(v).reshape(u.shape).to(u.dtype)
-        elif is_exporting() or (self.exportable and torch.compiler.is_compiling()):
+        elif torch.compiler.is_exporting() or (self.exportable and torch.compiler.is_compiling()):
             return self._exported(v).reshape(u.shape).to(u.dtype)
         else:
             return self._implicit(v).reshape(u.shape).to(u.dtype)
@@ -329,9 +334,8 @@ class _PcDEQLayer(TraceableLoop):
     @torch.no_grad()
     def solve(self, u: Tensor) -> Solution:
         """`forward` without a gradient, but with all that is known of the solve; see `Solution`."""
-        u, problem = self._prepare(u), self._problem()
-        with full_precision(u.device):
-            return problem.equilibrium(problem.map(u, self._normalized_weight().to(u.dtype)))
+        u = self._prepare(u)
+        return self._problem().equilibrium(u, self._normalized_weight().to(u.dtype))
 
     @torch.jit.unused
     def fixed_point_map(self, u: Tensor) -> EquilibriumMap:
@@ -382,8 +386,7 @@ class _PcDEQLayer(TraceableLoop):
         tangents = (forward_ad.unpack_dual(tensor).tangent for tensor in (u, weight))
         if torch.is_grad_enabled() or transformed() or any(tangent is not None for tangent in tangents):
             return _Equilibrium.apply(u, weight, problem)[0]
-        with full_precision(u.device):
-            return problem.equilibrium(problem.map(u, weight)).value
+        return problem.equilibrium(u, weight).value
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 
 import torch
@@ -55,7 +55,7 @@ class Pair:
     """Two evaluations from z₀: z₁ = g(z₀), z₂ = g(z₁), shapes (N, ...); their changes, and the norms of these.
 
     Attributes:
-        z1, z2: The iterates.
+        z0, z1, z2: The iterates.
         d1, d2: z₁ − z₀ and z₂ − z₁.
         p1, p2: Of an `AffineMap`, z₁ = f(p₁) and z₂ = f(p₂); p₁ is kept only if it is from a full product.
         size1, size2, size: ‖d₁‖₂, ‖d₂‖₂ and ‖z₂‖₂ of each sample, shape (N,); of a `rescaled` pair relative to
@@ -64,14 +64,14 @@ class Pair:
             up, shape (N,); None where products are full.
     """
 
-    __slots__ = ("_change", "_size", "d1", "d2", "dims", "moved", "p1", "p2", "size1", "size2", "z1", "z2")
+    __slots__ = ("_change", "_size", "d1", "d2", "dims", "moved", "p1", "p2", "size1", "size2", "z0", "z1", "z2")
 
     def __init__(
-        self, z1: Tensor, z2: Tensor, d1: Tensor, d2: Tensor, p1: Tensor | None = None, p2: Tensor | None = None
+        self, z0: Tensor, z1: Tensor, z2: Tensor, d1: Tensor, p1: Tensor | None = None, p2: Tensor | None = None
     ) -> None:
-        self.z1, self.z2, self.d1, self.d2, self.p1, self.p2 = z1, z2, d1, d2, p1, p2
+        self.z0, self.z1, self.z2, self.d1, self.d2, self.p1, self.p2 = z0, z1, z2, d1, z2 - z1, p1, p2
         self.dims = list(range(1, z2.ndim))
-        self.size1, self.size2 = (torch.linalg.vector_norm(d, dim=self.dims) for d in (d1, d2))
+        self.size1, self.size2 = (torch.linalg.vector_norm(d, dim=self.dims) for d in (self.d1, self.d2))
         self.moved: Tensor | None = None
         self._size: Tensor | None = None
         self._change: Tensor | None = None
@@ -89,9 +89,9 @@ class Pair:
             self._change = self.size2 / self.size
         return self._change
 
-    def in_range(self) -> bool:
-        """Whether no square of a change vanishes. Norms that overflow are infinite, and make errors of 0 or NaN."""
-        return self.size2.amin().item() > 1e-15
+    def in_range(self) -> Tensor:
+        """Where no square of a change vanishes, shape (N,), bool. Norms that overflow make errors of 0 or NaN."""
+        return self.size2 > 1e-15
 
     def rescaled(self) -> tuple[Pair, Tensor]:
         """The same pair with its norms at a scale where no square leaves the range of floats, shape (N,), and that.
@@ -142,9 +142,9 @@ class FixedPointMap:
         """The map of some of the samples."""
         raise NotImplementedError
 
-    def blocks(self) -> list[FixedPointMap]:
+    def blocks(self) -> Iterator[FixedPointMap]:
         """The map on the parts of the batch, in their order, that are best solved one after the other."""
-        return [self]
+        yield self
 
     def in_full_precision(self) -> FixedPointMap:
         """The same without reduced products."""
@@ -200,7 +200,7 @@ class AffineMap(FixedPointMap):
             z1 = self.apply(p1)
             p2 = self.argument(z1)
             z2 = self.apply(p2)
-            return Pair(z1, z2, z1 - z, z2 - z1, p1, p2)
+            return Pair(z, z1, z2, z1 - z, p1, p2)
         is_full = before is None and self.starts_full
         if before is not None:
             assert before.p2 is not None
@@ -208,14 +208,15 @@ class AffineMap(FixedPointMap):
         else:
             p = self.argument(z) if is_full else self.x + self.operator.reduced(z)
         if full is not None:
-            rows = full.nonzero()[:, 0]
-            p = self.argument(z) if len(rows) == len(z) else p.index_copy_(0, rows, self[rows].argument(z[rows]))
+            # Of all samples, for the few percent that it costs: a product of some rounds as their number has it, and
+            # makes a sample depend on its mates.
+            p = torch.where(per_sample(full, p), self.argument(z), p)
         z1 = self.apply(p)
         d1 = z1 - z
         increment = self.operator.reduced(d1)
         p2 = p + increment if is_full else p.add_(increment)
         z2 = self.apply(p2)
-        pair = Pair(z1, z2, d1, z2 - z1, p if is_full else None, p2)
+        pair = Pair(z, z1, z2, d1, p if is_full else None, p2)
         if is_full:
             pair.moved = pair.size2
         else:  # what a product changed shows in the evaluation after it
@@ -226,9 +227,12 @@ class AffineMap(FixedPointMap):
     def __getitem__(self, samples: slice | Tensor) -> AffineMap:
         raise NotImplementedError
 
-    def blocks(self) -> list[FixedPointMap]:
+    def blocks(self) -> Iterator[FixedPointMap]:
         blocks = cache_blocks(self._whole())
-        return [self] if len(blocks) == 1 else [self[samples] for samples in blocks]
+        if len(blocks) == 1:
+            yield self
+        else:  # one by one, so that what a block computed for itself is freed with it
+            yield from (self[samples] for samples in blocks)
 
     def in_full_precision(self) -> AffineMap:
         full = copy.copy(self)
@@ -355,4 +359,4 @@ class FunctionMap(FixedPointMap):
     def pair(self, z: Tensor, before: Pair | None = None, full: Tensor | None = None) -> Pair:
         z1 = self._evaluate(z)
         z2 = self._evaluate(z1)
-        return Pair(z1, z2, z1 - z, z2 - z1)
+        return Pair(z, z1, z2, z1 - z)

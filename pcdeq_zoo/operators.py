@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from functools import cache, cached_property
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -160,34 +160,8 @@ def autocast_to_bfloat16(device: torch.device) -> bool:
     return torch.get_autocast_dtype(kind) == torch.bfloat16
 
 
-class _Switch(NamedTuple):
-    """An attribute that decides how float32 products are made, and its value for exact ones."""
-
-    owner: Any
-    name: str
-    exact: Any
-
-
-class _MatmulPrecision:
-    """PyTorch's functions for the precision of matrix products, as an attribute."""
-
-    @property
-    def value(self) -> str:
-        return torch.get_float32_matmul_precision()
-
-    @value.setter
-    def value(self, value: str) -> None:
-        torch.set_float32_matmul_precision(value)
-
-
-def _switches() -> list[_Switch]:
-    backends: Any = torch.backends
-    if hasattr(backends.mkldnn, "conv"):  # PyTorch 2.9 and later: a switch per backend and kind of product
-        owners = [backends.mkldnn.conv, backends.mkldnn.matmul]
-        if torch.cuda.is_available():
-            owners += [backends.cudnn.conv, backends.cuda.matmul]
-        return [_Switch(owner, "fp32_precision", "ieee") for owner in owners]
-    return [_Switch(_MatmulPrecision(), "value", "highest"), _Switch(backends.cudnn, "allow_tf32", False)]
+_CPU_SWITCHES: tuple[Any, ...] = (torch.backends.mkldnn.conv, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+_GPU_SWITCHES: tuple[Any, ...] = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
 
 
 class _PrecisionSwitches:
@@ -199,15 +173,15 @@ class _PrecisionSwitches:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._inside = 0
-        self._found: list[Any] = []
-        self._switches = _switches()
+        self._found: list[str] = []
+        self._switches = _CPU_SWITCHES + (_GPU_SWITCHES if torch.cuda.is_available() else ())
 
     def __enter__(self) -> None:
         with self._lock:
             if not self._inside:
-                self._found = [getattr(switch.owner, switch.name) for switch in self._switches]
+                self._found = [switch.fp32_precision for switch in self._switches]
                 for switch in self._switches:
-                    setattr(switch.owner, switch.name, switch.exact)
+                    switch.fp32_precision = "ieee"
             self._inside += 1
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -215,10 +189,10 @@ class _PrecisionSwitches:
             self._inside -= 1
             if not self._inside:
                 for switch, found in zip(self._switches, self._found, strict=True):
-                    setattr(switch.owner, switch.name, found)
+                    switch.fp32_precision = found
 
 
-_precision_switches = _PrecisionSwitches()
+_switches = _PrecisionSwitches()
 
 
 class full_precision:  # noqa: N801 - a context manager, used like a function
@@ -234,8 +208,8 @@ class full_precision:  # noqa: N801 - a context manager, used like a function
 
     def __enter__(self) -> None:
         self._autocast.__enter__()
-        _precision_switches.__enter__()
+        _switches.__enter__()
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        _precision_switches.__exit__(kind, error, trace)
+        _switches.__exit__(kind, error, trace)
         self._autocast.__exit__(kind, error, trace)

@@ -71,12 +71,11 @@ def certified(map_: FixedPointMap, pair: Pair, number: int, tol: float, before: 
     """The largest relative error of a unit, proven; see `pcdeq_zoo.certificate`."""
     assert isinstance(map_, EquilibriumMap)
     assert pair.p1 is not None
-    z = pair.z1 - pair.d1
     if before is None:
-        before = find_witness(map_, z, pair.p1, pair.z1)
+        before = find_witness(map_, pair.z0, pair.p1, pair.z1)
     elif not bool(before.found.all()):
         rows = (~before.found).nonzero()[:, 0]
-        before.replace(rows, find_witness(map_[rows], z[rows], pair.p1[rows], pair.z1[rows], number))
+        before.replace(rows, find_witness(map_[rows], pair.z0[rows], pair.p1[rows], pair.z1[rows], number))
     return Verdict(error_bound(map_, pair, before, tol), witness=before)
 
 
@@ -103,7 +102,7 @@ def extrapolate(pair: Pair, limit: Tensor) -> tuple[Tensor, Tensor]:
     """
     factor = aitken_factor(pair.d1, pair.d2, pair.size1, pair.dims).masked_fill_(pair.size1 > limit, 0.0)
     if pair.moved is not None:
-        pair.moved.addcmul_(factor, pair.size2)
+        pair.moved = torch.addcmul(pair.moved, factor, pair.size2)
     z = torch.addcmul(pair.z2, per_sample(factor, pair.z2), pair.d2)
     return z, torch.where(factor > 0, pair.size2, limit)
 
@@ -117,6 +116,10 @@ class _Outcome:
         self.evaluations = torch.full((count,), max_evals // 2 * 2, dtype=torch.int64, device=device)
         self.change = self.error = torch.full((count,), math.inf, dtype=start.dtype, device=device)
         self.running: Tensor | None = None  # before the first check all are
+
+    def any_running(self, samples: Tensor) -> bool:
+        """Whether any of these samples, shape (N,), bool, has not ended."""
+        return bool((samples if self.running is None else samples & self.running).any())
 
     def close(self, k: int, change: Tensor, error: Tensor, tol: float, value: Tensor) -> bool:
         """Note what evaluation k gave; fixed from now on where the error is below tol, or NaN. True if none is left."""
@@ -182,21 +185,21 @@ def solve(
 
 
 def _solve_by_blocks(map_: FixedPointMap, tol: float, max_evals: int, stop: Stop, accelerate: bool) -> Solution:
-    solve = _solve_certified if stop == "certified" else _solve
-    return Solution.cat([solve(block, block.start, tol, max_evals, stop, accelerate) for block in map_.blocks()])
+    return Solution.cat([_solve_block(block, tol, max_evals, stop, accelerate) for block in map_.blocks()])
 
 
-def _solve_certified(
-    map_: FixedPointMap, z: Tensor, tol: float, max_evals: int, stop: Stop, accelerate: bool
-) -> Solution:
-    """Go near the equilibrium without a proof, and on from there with one."""
+def _solve_block(map_: FixedPointMap, tol: float, max_evals: int, stop: Stop, accelerate: bool) -> Solution:
+    if stop != "certified":
+        return _solve(map_, map_.start, tol, max_evals, stop, accelerate)
     if not isinstance(map_, EquilibriumMap):
         raise ValueError(
             'stop="certified" takes the map of a pcDEQ layer, layer.fixed_point_map(u): nothing can be proven of any '
             'other; use "estimated" or "residual"'
         )
-    near = _solve(map_, z, tol, max_evals // 4 * 2, "estimated", accelerate)
-    proven = _solve(map_, near.value, tol, max_evals - max_evals // 4 * 2, stop, accelerate)
+    # Near the equilibrium without a proof, and on from there with one.
+    half = max_evals // 4 * 2
+    near = _solve(map_, map_.start, tol, half, "estimated", accelerate)
+    proven = _solve(map_, near.value, tol, max_evals - half, "certified", accelerate)
     proven.evaluations.add_(near.evaluations)
     return proven
 
@@ -227,7 +230,9 @@ def _solve(map_: FixedPointMap, z: Tensor, tol: float, max_evals: int, stop: Sto
             least = verdict.error.amin().item()
             if last or not least > tol:
                 change, error = pair.change, verdict.error
-                if not (least > 0 and pair.in_range()):
+                if not (least > 0 and bool(pair.in_range().all())) and outcome.any_running(
+                    ~((error > 0) & pair.in_range())
+                ):
                     measured, scale = pair.rescaled()
                     change = measured.change
                     if not proven:  # a proof has no norms in it
@@ -272,7 +277,8 @@ class Solver:
     Args:
         tol: Relative tolerance, above 0. What it bounds, `stop` says. None for what suits that: 1e-3 for "certified",
             3e-4 for "estimated", 1e-4 for "residual".
-        max_evals: Most evaluations per solve, at least 2. 200 is the paper's.
+        max_evals: Most evaluations per solve, at least 2. 200 is the paper's. A sample that reduced products do not
+            bring to `tol` is solved again without, and has as many once more.
         stop: "certified": every unit of the equilibrium is proven to be within `tol`, relative (docs/certificate.md).
             "estimated": the error of a sample is estimated to be below `tol`, relative, from the rate at which it
             falls; cheaper. "residual": the last evaluation changed a sample by less than `tol`, relative, which says
@@ -338,6 +344,15 @@ class Solver:
     def equilibrium(self, map_: EquilibriumMap) -> Solution:
         """The equilibrium of a layer's map."""
         return _solve_by_blocks(map_, self.tol, self.max_evals, self.stop, accelerate=True)
+
+    def differentiable_equilibrium(self, map_: EquilibriumMap) -> tuple[Solution, Tensor]:
+        """That and σ′ there, shape (N, ...), which each block takes while it has its x at hand."""
+        solutions, slopes = [], []
+        for block in map_.blocks():
+            assert isinstance(block, EquilibriumMap)
+            solutions.append(_solve_block(block, self.tol, self.max_evals, self.stop, accelerate=True))
+            slopes.append(block.slopes(solutions[-1].value))
+        return Solution.cat(solutions), slopes[0] if len(slopes) == 1 else torch.cat(slopes)
 
     def linearized(self, map_: FixedPointMap) -> Solution:
         """The gradient or the tangent of an equilibrium, for which there is no certificate."""

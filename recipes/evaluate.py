@@ -118,9 +118,8 @@ def measure_run(run: Path, data: str | None, device: torch.device) -> dict[str, 
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SystemExit(f"{run} is not what train.py wrote: {type(error).__name__}: {error}") from error
     overlay = {"file": str(run / "model.safetensors")}
-    model = timm.create_model(variant.name, pretrained=True, stop="certified", pretrained_cfg_overlay=overlay).to(
-        device
-    )
+    model = timm.create_model(variant.name, pretrained=True, stop="certified", pretrained_cfg_overlay=overlay)
+    model.to(device)
     images, labels = load(variant.dataset, split, data)
     measured = evaluate(model, variant.dataset, images[part], labels[part])
     row = results_row(model, measured, known)

@@ -6,8 +6,9 @@ import torch
 from oracles import BOUND, SIGMA, derivative, make, truth
 from torch import Tensor
 
-from pcdeq_zoo import ACTIVATIONS, PcDEQConv2d, Solver, record_solves
-from pcdeq_zoo.operators import Convolution
+from pcdeq_zoo import ACTIVATIONS, PcDEQConv2d, Solver, record_solves, solve
+from pcdeq_zoo.operators import REDUCED_BOUND, Convolution
+from pcdeq_zoo.solver import extrapolate
 
 
 @pytest.fixture(params=[True, False], ids=["bfloat16 products", "none"])
@@ -63,7 +64,7 @@ def test_a_solve_is_as_good_as_it_says_in_either_products(hardware: bool, activa
 
 
 def test_products_are_full_where_they_have_to_be(hardware: bool, full_products: list[int]):
-    """One of each sample to 1e-3, two at most to 1e-4; without hardware every one."""
+    """One of each sample to 1e-3, two to 1e-4; without hardware every one."""
     model = timm.create_model("pcdeq1_mc_relu6_mnist", pretrained=True).eval()
     layer, u = model.features.deq1, model.features[:2](torch.rand(8, 1, 28, 28))
     for tol, most in ((1e-3, 1), (1e-4, 2)):
@@ -73,25 +74,70 @@ def test_products_are_full_where_they_have_to_be(hardware: bool, full_products: 
         assert solution.converged.all()
         assert solution.evaluations.min() >= 8
         if hardware:
-            assert 8 * min(most, 1) <= sum(full_products) <= 8 * most
+            assert 8 * most == sum(full_products)
         else:
             assert sum(full_products) >= solution.evaluations.sum()
 
 
-@pytest.mark.parametrize("broken", [torch.zeros_like, torch.randn_like, lambda z: torch.full_like(z, torch.nan)])
-def test_what_reduced_products_cannot_finish_is_solved_without(broken, monkeypatch, recwarn):
+def test_autocast_reduces_all_products_but_the_first(full_products: list[int], monkeypatch):
+    """Whatever the machine has and whatever it costs; and only autocast to bfloat16 does."""
+    monkeypatch.setattr("pcdeq_zoo.operators.has_bfloat16_products", lambda device: False)
+    layer, x = make("conv", "tanh", 3.0, torch.float32, stop="estimated", tol=1e-5)
+    for dtype, fewer in ((torch.bfloat16, True), (torch.float16, False)):
+        full_products.clear()
+        with torch.autocast("cpu", dtype=dtype):
+            solution = layer.solve(x)
+        assert solution.converged.all()
+        assert (sum(full_products) == len(x)) == fewer
+
+
+@pytest.mark.parametrize("broken", [torch.randn_like, lambda z: torch.full_like(z, torch.nan)], ids=["noise", "nan"])
+def test_what_reduced_products_cannot_finish_is_solved_without(broken, monkeypatch):
     monkeypatch.setattr("pcdeq_zoo.operators.has_bfloat16_products", lambda device: True)
     layer, x = make("conv", "tanh", 3.0, torch.float32, stop="estimated", tol=1e-5)
     whole = layer.solve(x)
     monkeypatch.setattr(Convolution, "reduced", lambda operator, z: broken(z))
     layer.solver.max_evals = 100
     solution = layer.solve(x)
-    if broken is torch.zeros_like:  # which looks as if nothing changed
-        assert solution.converged.all()
-        return
     assert solution.converged.all()
     assert (relative(solution.value, whole.value.double().flatten(1)) <= 3e-5).all()
     assert (solution.evaluations > whole.evaluations).all()
+
+
+@pytest.mark.parametrize("channels", [3, 40])
+@pytest.mark.parametrize("signs", [False, True])
+def test_reduced_products_keep_to_their_bound(channels: int, signs: bool):
+    """Unit by unit, relative to W |d|: what certificates take them for."""
+    weight, d = torch.rand(channels, channels, 3, 3), torch.rand(4, channels, 9, 9) ** 4
+    if signs:
+        d *= torch.randn_like(d)
+    operator = Convolution(weight, 0.0)
+    error = (operator.reduced(d).double() - operator.double()(d.double())).abs()
+    assert (error <= REDUCED_BOUND * operator.double()(d.abs().double())).all()
+    assert error.max() > 0  # they are reduced
+
+
+def test_an_extrapolation_leaves_the_measures_of_its_pair(monkeypatch):
+    monkeypatch.setattr("pcdeq_zoo.operators.has_bfloat16_products", lambda device: True)
+    layer, x = make("conv", "tanh", 3.0, torch.float32)
+    with torch.no_grad():
+        map_ = layer.fixed_point_map(x)
+        pair = map_.pair(map_.start)
+        z, _ = extrapolate(pair, torch.full((len(x),), torch.inf))
+    assert not torch.equal(z, pair.z2)
+    for size, d in ((pair.size1, pair.d1), (pair.size2, pair.d2)):
+        torch.testing.assert_close(size, d.flatten(1).norm(dim=1))
+    moved = pair.size2 + (z - pair.z2).flatten(1).norm(dim=1)  # by the product with d₁, and by the next
+    torch.testing.assert_close(pair.moved, moved)
+
+
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+def test_a_map_with_parameters_is_solved_without_a_graph(activation: str):
+    layer, x = make("conv", activation)
+    assert layer.direction.requires_grad
+    value = solve(layer.fixed_point_map(x), tol=1e-10, max_evals=1000).value
+    assert not value.requires_grad
+    assert (relative(value, truth(layer, x)) <= 1e-8).all()
 
 
 def test_the_tolerance_follows_the_stop_until_it_is_set():

@@ -155,6 +155,12 @@ def _schedule(recipe: Recipe, epochs: int) -> str:
     return f"one cycle of {epochs} epochs with its peak of {recipe.lr:g} at {recipe.warmup:.0%}{average}"
 
 
+def _augmentation(recipe: Recipe) -> str:
+    crops = f"random crops of the image padded by {recipe.crop_padding}" if recipe.crop_padding else ""
+    flips = "horizontal flips" if recipe.flip else ""
+    return ", " + (" and ".join(filter(None, (crops, flips))) or "no augmentation")
+
+
 def model_card(checkpoint: Checkpoint, repository: str, tag: str) -> ModelCard:
     """Card of a checkpoint that ships, for a Hub repository and its tag; the same text for the same package."""
     variant, row, log = checkpoint.variant, checkpoint.row, checkpoint.read_log()
@@ -201,7 +207,7 @@ def model_card(checkpoint: Checkpoint, repository: str, tag: str) -> ModelCard:
         plural="s, in their order" if variant.structure == "mc" else "",
         train_size=dataset.sizes["train"],
         terms=dataset.terms,
-        augmentation=", random crops and horizontal flips" if recipe.augmentation else ", no augmentation",
+        augmentation=_augmentation(recipe),
         recipe="the paper's (Tables 5–7)" if checkpoint.tag == "paper" else "the zoo's own",
         smoothing=f" with label smoothing {recipe.label_smoothing:g}" if recipe.label_smoothing else "",
         schedule=_schedule(recipe, int(row["epochs"])),

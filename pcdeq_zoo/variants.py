@@ -55,7 +55,8 @@ class Recipe:
     lr: float = setting("highest learning rate", above=0)
     weight_decay: float = setting("decoupled weight decay of AdamW, on all parameters", at_least=0)
     batch_size: int = setting("images per forward, over all processes", 64, above=0, below=2**20)
-    augmentation: bool = setting("random crop of the image padded by 4, and random horizontal flip", False)
+    crop_padding: int = setting("black pixels around an image before a random crop; 0: none", 0, at_least=0, below=32)
+    flip: bool = setting("mirror every other image, at random", False)
     lr_decay_epoch: int | None = setting("epoch after which the learning rate drops; none for one cycle", None, above=0)
     lr_decay_factor: float = setting("what it is multiplied by then", 0.1, above=0)
     warmup: float = setting("share of the epochs in which the one cycle rises", 0.25, above=0, below=1)
@@ -127,7 +128,8 @@ class _Size:
     epochs: int
     lr_decay_epoch: int
     weight_decay: float
-    augmentation: bool = False
+    crop_padding: int = 0
+    flip: bool = False
 
 
 _MNIST, _SVHN, _CIFAR = DATASETS["mnist"], DATASETS["svhn"], DATASETS["cifar"]
@@ -140,7 +142,7 @@ _SC_SVHN = _Size("sc", _SVHN, (125,), 164_760, 80, 70, 0.02)
 _MC_SVHN = _Size("mc", _SVHN, (20, 50, 80), 130_950, 50, 40, 0.015)
 _SC_CIFAR = _Size("sc", _CIFAR, (125,), 164_760, 80, 70, 0.02)
 _MC_CIFAR = _Size("mc", _CIFAR, (20, 50, 80), 130_950, 50, 40, 0.015)
-_LARGE = _Size("mc", _CIFAR, (100, 120, 140), 661_470, 120, 100, 0.02, augmentation=True)
+_LARGE = _Size("mc", _CIFAR, (100, 120, 140), 661_470, 120, 100, 0.02, crop_padding=4, flip=True)
 
 # Name, name in the paper's tables, size, activation, learning rate and accuracy in the paper, default recipe.
 _NETWORKS = (
@@ -182,7 +184,12 @@ _NETWORKS = (
 def _paper(size: _Size, lr: float) -> Recipe:
     """The paper's: Tables 5-7."""
     return Recipe(
-        size.epochs, lr, size.weight_decay, augmentation=size.augmentation, lr_decay_epoch=size.lr_decay_epoch
+        size.epochs,
+        lr,
+        size.weight_decay,
+        crop_padding=size.crop_padding,
+        flip=size.flip,
+        lr_decay_epoch=size.lr_decay_epoch,
     )
 
 
@@ -193,7 +200,8 @@ def _zoo(size: _Size) -> Recipe:
         1.2e-2,
         0.05,
         batch_size=128,
-        augmentation=size.augmentation,
+        crop_padding=size.crop_padding,
+        flip=size.flip,
         label_smoothing=0.1,
         stop="estimated",
         tol=1e-3,

@@ -93,15 +93,17 @@ def batches(count: int, size: int, least: int, seed: int, epoch: int) -> list[Te
     return [batch for batch in order.split(size) if len(batch) >= least]
 
 
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Random crop of the image padded with 4 black pixels, and random horizontal flip, image by image."""
+def augment(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
+    """Images (N, C, H, W) cropped and flipped at random as the recipe says, each by itself."""
     n, _, height, width = images.shape
-    padded = F.pad(images, (4, 4, 4, 4))
-    top, left = (torch.randint(0, 9, (n, 1), generator=generator) for _ in range(2))
+    padding = recipe.crop_padding
+    padded = F.pad(images, (padding,) * 4)
+    top, left = (torch.randint(0, 2 * padding + 1, (n, 1), generator=generator) for _ in range(2))
     rows = top + torch.arange(height)
     columns = left + torch.arange(width)
-    flip = torch.rand(n, 1, generator=generator) < 0.5
-    columns = torch.where(flip, columns.flip(1), columns)
+    if recipe.flip:
+        flip = torch.rand(n, 1, generator=generator) < 0.5
+        columns = torch.where(flip, columns.flip(1), columns)
     sample = torch.arange(n)[:, None, None]
     return padded[sample, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
@@ -178,7 +180,7 @@ class Training:
         parts = [part for part in indices.split(recipe.batch_size) if len(part) >= self.least]
         count = sum(len(part) for part in parts)
         for number, part in enumerate(parts, start=1):
-            batch = augment(self.images[part], generator) if recipe.augmentation else self.images[part]
+            batch = augment(self.images[part], recipe, generator)
             x = normalize(batch[mine].to(accelerator.device), self.config.variant.dataset)
             target = self.labels[part][mine].to(accelerator.device)
             synchronize = nullcontext() if number == len(parts) else accelerator.no_sync(self.prepared)

@@ -97,7 +97,7 @@ class _SumOverProcesses(torch.autograd.Function):
 class SyncBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm whose training statistics are those of the batches of all processes together.
 
-    PyTorch's own takes CUDA tensors only.
+    For CPUs: PyTorch's own takes tensors on a GPU only.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -117,8 +117,11 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         return (centred * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)).to(dtype)
 
 
-def synchronize_batch_norm(model: nn.Module) -> None:
-    """Make every BatchNorm2d of the model a `SyncBatchNorm2d`; names and state stay."""
+def synchronize_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
+    """The same model with every BatchNorm2d synchronized on that device; names and state stay."""
+    if device.type != "cpu":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = SyncBatchNorm2d
+    return model

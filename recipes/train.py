@@ -23,6 +23,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import json
+import math
 import sys
 import time
 from contextlib import nullcontext, suppress
@@ -94,18 +95,23 @@ def batches(count: int, size: int, least: int, seed: int, epoch: int) -> list[Te
 
 
 def augment(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
-    """Images (N, C, H, W) cropped and flipped at random as the recipe says, each by itself."""
+    """Images (N, C, H, W) cropped and flipped at random as the recipe says, each by itself.
+
+    The generator is one of the CPU, so that all devices see the same images.
+    """
     n, _, height, width = images.shape
     padding = recipe.crop_padding
-    padded = F.pad(images, (padding,) * 4)
+    if not padding and not recipe.flip:
+        return images
     top, left = (torch.randint(0, 2 * padding + 1, (n, 1), generator=generator) for _ in range(2))
     rows = top + torch.arange(height)
     columns = left + torch.arange(width)
     if recipe.flip:
         flip = torch.rand(n, 1, generator=generator) < 0.5
         columns = torch.where(flip, columns.flip(1), columns)
-    sample = torch.arange(n)[:, None, None]
-    return padded[sample, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    sample, rows, columns = (index.to(images.device) for index in (torch.arange(n)[:, None], rows, columns))
+    padded = F.pad(images, (padding,) * 4)
+    return padded[sample[:, :, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 class Training:
@@ -115,7 +121,7 @@ class Training:
         self, accelerator: Accelerator, config: Config, recipe: Recipe, images: Tensor, labels: Tensor
     ) -> None:
         self.accelerator, self.config, self.recipe = accelerator, config, recipe
-        self.images, self.labels = images, labels
+        self.images, self.labels = images.to(accelerator.device), labels.to(accelerator.device)
         self.progress = Progress()
         self.launcher = Launcher()
         self.least = max(2, accelerator.num_processes)  # images in a batch
@@ -123,7 +129,7 @@ class Training:
         set_seed(config.seed)
         self.model = timm.create_model(config.model, stop=recipe.stop, tol=recipe.tol)
         if accelerator.num_processes > 1:
-            synchronize_batch_norm(self.model)
+            self.model = synchronize_batch_norm(self.model, accelerator.device)
         # Copied before `prepare` changes the model's forward, and moved to where it moves the model.
         self.ema = ModelEmaV3(self.model, decay=recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
@@ -147,7 +153,8 @@ class Training:
                     self.step(steps[progress.step])
                     progress.step += 1
                     bar.update()
-                    if progress.step % 20 == 0:
+                    if progress.step % 20 == 0:  # not more often: a GPU is waited for
+                        self._check_loss()
                         bar.set_postfix(progress.summary(), refresh=False)
                     if self.launcher.is_gone():
                         if self.accelerator.num_processes == 1:  # others may be at another step, and cannot be asked
@@ -159,6 +166,7 @@ class Training:
                         start = self._count_time(start)
                         self.save()
             self._count_time(start)
+            self._check_loss()
             progress.sums = sum_over_processes(self.accelerator, progress.sums)
             if self.accelerator.is_main_process:
                 self._log()
@@ -166,9 +174,10 @@ class Training:
             self.save()
 
     def steps(self) -> list[Tensor]:
-        """Indices of the images of each optimizer step of the epoch."""
+        """Indices of the images of each optimizer step of the epoch, where the images are."""
         size = self.recipe.batch_size * self.config.grad_accum
-        return batches(len(self.images), size, self.least, self.config.seed, self.progress.epoch)
+        steps = batches(len(self.images), size, self.least, self.config.seed, self.progress.epoch)
+        return [step.to(self.images.device) for step in steps]
 
     def step(self, indices: Tensor) -> None:
         """One optimizer step on the images of all processes, as one process would do it."""
@@ -181,24 +190,26 @@ class Training:
         count = sum(len(part) for part in parts)
         for number, part in enumerate(parts, start=1):
             batch = augment(self.images[part], recipe, generator)
-            x = normalize(batch[mine].to(accelerator.device), self.config.variant.dataset)
-            target = self.labels[part][mine].to(accelerator.device)
+            x = normalize(batch[mine], self.config.variant.dataset)
+            target = self.labels[part][mine]
             synchronize = nullcontext() if number == len(parts) else accelerator.no_sync(self.prepared)
             with record_solves(self.model) as solves, synchronize:
                 with accelerator.autocast():
                     logits = self.prepared(x).float()
                     loss = F.cross_entropy(logits, target, reduction="sum", label_smoothing=recipe.label_smoothing)
-                if not loss.isfinite():
-                    self._refuse_to_go_on(f"the loss is {loss.item()}")
                 # DistributedDataParallel divides by the number of processes.
                 accelerator.backward(loss * (accelerator.num_processes / count))
             correct = (logits.argmax(1) == target).sum()
-            progress.add(loss=loss.item(), correct=correct.item(), images=len(target))
+            progress.add(loss=loss.detach().double(), correct=correct.double(), images=len(target))
             progress.add_solves(solves)
         self.optimizer.step()
         progress.updates += 1
         if self.ema:
             self.ema.update(self.model, progress.updates)
+
+    def _check_loss(self) -> None:
+        if not math.isfinite(loss := self.progress.sums.get("loss", 0.0)):
+            self._refuse_to_go_on(f"the sum of the losses is {loss}")
 
     def _refuse_to_go_on(self, reason: str) -> NoReturn:
         """End a run that diverges; its last good state stays."""
@@ -243,6 +254,7 @@ class Training:
 
     def save(self) -> None:
         """Write the state. It is the same in all processes, but for the sums."""
+        self._check_loss()
         progress = self.progress
         state = self.model.state_dict()
         try:

@@ -25,7 +25,7 @@ def _batch_norm_worker(rank: int, folder: str, dtype: torch.dtype) -> None:
     """One of two processes with an uneven share of a batch; it writes what it gets."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     norm = batch_norm()
-    synchronize_batch_norm(norm)
+    norm = synchronize_batch_norm(norm, torch.device("cpu"))
     x = batch()[:4] if rank == 0 else batch()[4:]
     x = x.to(dtype).requires_grad_()
     y = norm(x)

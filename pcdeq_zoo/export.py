@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._higher_order_ops import while_loop
 
 from pcdeq_zoo.activations import INPUT_FLOOR
+from pcdeq_zoo.compat import SINCE_2_7, is_exporting, refuse_gradient_of_a_loop
 from pcdeq_zoo.series import aitken_factor, remaining_error
 
 __all__ = ["TraceableLoop"]
@@ -106,7 +107,9 @@ class TraceableLoop(nn.Module):
     def _exported(self, u: Tensor) -> Tensor:
         """The equilibrium as a loop that torch.export, ONNX and torch.compile(fullgraph=True) keep."""
         weight, x, supremum, tol, rounding = self._problem_of(u)
-        if torch.compiler.is_exporting():  # exported programs have no gradient
+        if not SINCE_2_7 and torch.is_grad_enabled():
+            refuse_gradient_of_a_loop()
+        if is_exporting() or not torch.is_grad_enabled():  # exported programs have no gradient
             weight, x = weight.detach(), x.detach()
         problem = weight, x, supremum, tol, rounding
 

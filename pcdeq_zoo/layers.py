@@ -7,8 +7,10 @@ sigmoid does not and needs x ≥ 0 (pcDEQ-2, ReLU).
 
 from __future__ import annotations
 
+import inspect
 import math
 import threading
+from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 from weakref import WeakSet, ref
 
@@ -20,6 +22,7 @@ from torch.fx import Proxy
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from pcdeq_zoo.activations import ACTIVATIONS, Activation
+from pcdeq_zoo.compat import is_exporting
 from pcdeq_zoo.export import TraceableLoop
 from pcdeq_zoo.maps import EquilibriumMap, LinearizedMap
 from pcdeq_zoo.operators import autocast_to_bfloat16, full_precision, operator
@@ -75,6 +78,12 @@ class _Problem(NamedTuple):
         return solution.value
 
 
+def _with_signature(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep the signature that `apply` of an autograd function derives anew at each call, for 60 µs."""
+    function.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+    return function
+
+
 class _Equilibrium(torch.autograd.Function):
     """(u, W) ↦ z* and σ′(W z* + x), the equilibrium for x = input map of u, differentiated implicitly.
 
@@ -83,6 +92,7 @@ class _Equilibrium(torch.autograd.Function):
     """
 
     @staticmethod
+    @_with_signature
     def forward(u: Tensor, weight: Tensor, problem: _Problem) -> tuple[Tensor, Tensor]:
         return problem.differentiable_equilibrium(u, weight)
 
@@ -132,6 +142,7 @@ class _Linearized(torch.autograd.Function):
     """
 
     @staticmethod
+    @_with_signature
     def forward(
         z: Tensor, slopes: Tensor, g: Tensor, weight: Tensor, problem: _Problem, direction: Direction
     ) -> Tensor:
@@ -325,7 +336,7 @@ class _PcDEQLayer(TraceableLoop):
         v = self._prepare(u)
         if torch.jit.is_scripting():
             return self._scripted(v).reshape(u.shape).to(u.dtype)
-        elif torch.compiler.is_exporting() or (self.exportable and torch.compiler.is_compiling()):
+        elif is_exporting() or (self.exportable and torch.compiler.is_compiling()):
             return self._exported(v).reshape(u.shape).to(u.dtype)
         else:
             return self._implicit(v).reshape(u.shape).to(u.dtype)

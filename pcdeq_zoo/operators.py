@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
+from pcdeq_zoo.compat import precision_switches
+
 __all__ = [
     "REDUCED_BOUND",
     "Convolution",
@@ -160,10 +162,6 @@ def autocast_to_bfloat16(device: torch.device) -> bool:
     return torch.get_autocast_dtype(kind) == torch.bfloat16
 
 
-_CPU_SWITCHES: tuple[Any, ...] = (torch.backends.mkldnn.conv, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-_GPU_SWITCHES: tuple[Any, ...] = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
-
-
 class _PrecisionSwitches:
     """PyTorch's switches for float32 products, turned to exact ones while any thread is inside.
 
@@ -173,15 +171,15 @@ class _PrecisionSwitches:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._inside = 0
-        self._found: list[str] = []
-        self._switches = _CPU_SWITCHES + (_GPU_SWITCHES if torch.cuda.is_available() else ())
+        self._found: list[Any] = []
+        self._switches = precision_switches()
 
     def __enter__(self) -> None:
         with self._lock:
             if not self._inside:
-                self._found = [switch.fp32_precision for switch in self._switches]
+                self._found = [getattr(switch.owner, switch.name) for switch in self._switches]
                 for switch in self._switches:
-                    switch.fp32_precision = "ieee"
+                    setattr(switch.owner, switch.name, switch.exact)
             self._inside += 1
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -189,7 +187,7 @@ class _PrecisionSwitches:
             self._inside -= 1
             if not self._inside:
                 for switch, found in zip(self._switches, self._found, strict=True):
-                    switch.fp32_precision = found
+                    setattr(switch.owner, switch.name, found)
 
 
 _switches = _PrecisionSwitches()

@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import timm
-from huggingface_hub import HfApi, RepoFile
+from huggingface_hub import HfApi
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -29,6 +29,7 @@ from huggingface_hub.errors import (
     LocalTokenNotFoundError,
     RepositoryNotFoundError,
 )
+from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 from timm.models._hub import save_config_for_hf
 from tqdm import tqdm

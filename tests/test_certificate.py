@@ -23,6 +23,7 @@ from pcdeq_zoo import (
     solve,
 )
 from pcdeq_zoo.certificate import error_bound, find_witness, rounding_error
+from pcdeq_zoo.compat import Switch, precision_switches
 from pcdeq_zoo.data import normalize
 from pcdeq_zoo.maps import EquilibriumMap
 from pcdeq_zoo.operators import Convolution, Dense, full_precision
@@ -224,30 +225,41 @@ def test_bounds_hold_at_the_corner_of_relu6(weight: float):
     assert (solution.value == 6)[z.upper < 6].any()  # the case is there
 
 
-@pytest.fixture(params=["set_float32_matmul_precision", "mkldnn"])
+CONV, MATMUL = precision_switches()[:2]
+if MATMUL.exact != "ieee":  # before PyTorch 2.9: one switch for both, and one of cuDNN
+    MATMUL = CONV
+BFLOAT16 = "bf16" if MATMUL.exact == "ieee" else "medium"
+
+
+def position(switch: Switch) -> str:
+    return getattr(switch.owner, switch.name)
+
+
+@pytest.fixture(params=["set_float32_matmul_precision", "each"])
 def bfloat16_switched_on(request, monkeypatch):
     """PyTorch is told that float32 products may be bfloat16's, and obeys, as on a CPU with AMX."""
-    conv, matmul = torch.backends.mkldnn.conv, torch.backends.mkldnn.matmul
 
     def emulated(exact, switch):
         def product(self, z: Tensor) -> Tensor:
-            if z.dtype == torch.float32 and switch.fp32_precision == "bf16":
+            if z.dtype == torch.float32 and position(switch) == BFLOAT16:
                 return exact(type(self)(self.weight.bfloat16().float()), z.bfloat16().float())
             return exact(self, z)
 
         return product
 
-    monkeypatch.setattr(Dense, "__call__", emulated(Dense.__call__, matmul))
-    monkeypatch.setattr(Convolution, "__call__", emulated(Convolution.__call__, conv))
-    before = conv.fp32_precision, matmul.fp32_precision
-    if request.param == "mkldnn":
-        conv.fp32_precision = matmul.fp32_precision = "bf16"
+    monkeypatch.setattr(Dense, "__call__", emulated(Dense.__call__, MATMUL))
+    monkeypatch.setattr(Convolution, "__call__", emulated(Convolution.__call__, CONV))
+    before = position(CONV), position(MATMUL)
+    if request.param == "each":
+        for switch in (CONV, MATMUL):
+            setattr(switch.owner, switch.name, BFLOAT16)
     else:
         torch.set_float32_matmul_precision("medium")
-    assert matmul.fp32_precision == "bf16"
+    assert position(MATMUL) == BFLOAT16
     yield
     torch.set_float32_matmul_precision("highest")
-    conv.fp32_precision, matmul.fp32_precision = before
+    for switch, value in zip((CONV, MATMUL), before, strict=True):
+        setattr(switch.owner, switch.name, value)
 
 
 @every_layer
@@ -257,31 +269,30 @@ def test_what_is_proven_is_proven_in_full_precision(kind: str, activation: str, 
     solution = layer.solve(x)
     assert solution.converged.all()
     assert_holds(solution, truth(layer, x))
-    assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    assert position(MATMUL) == BFLOAT16
     layer.solver.max_evals, layer.solver.on_failure = 2, "raise"
     with pytest.raises(ConvergenceError):
         layer(x)
-    assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    assert position(MATMUL) == BFLOAT16
     step, z = layer.fixed_point_map(x), torch.rand_like(layer.fixed_point_map(x).x)
     outside = step.operator(z)
     with full_precision(x.device):
         inside = step.operator(z)
-    if kind == "linear" or torch.backends.mkldnn.conv.fp32_precision == "bf16":
+    if kind == "linear" or position(CONV) == BFLOAT16:
         assert not torch.equal(outside, inside)  # the emulation is one
 
 
 def test_full_precision_of_two_threads_that_overlap():
     """The first one leaves while the second is inside: products stay exact until that leaves too."""
-    matmul = torch.backends.mkldnn.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
+    before = position(MATMUL)
+    setattr(MATMUL.owner, MATMUL.name, BFLOAT16)
     entered, left, seen = threading.Event(), threading.Event(), []
 
     def second() -> None:
         with full_precision(torch.device("cpu")):
             entered.set()
             left.wait()
-            seen.append(matmul.fp32_precision)
+            seen.append(position(MATMUL))
 
     thread = threading.Thread(target=second)
     try:
@@ -290,10 +301,10 @@ def test_full_precision_of_two_threads_that_overlap():
             entered.wait()
         left.set()
         thread.join()
-        assert seen == ["ieee"]
-        assert matmul.fp32_precision == "bf16"
+        assert seen == [MATMUL.exact]
+        assert position(MATMUL) == BFLOAT16
     finally:
-        matmul.fp32_precision = before
+        setattr(MATMUL.owner, MATMUL.name, before)
 
 
 def test_a_broken_bound_is_noticed(monkeypatch):

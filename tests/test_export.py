@@ -33,18 +33,20 @@ class TestExport:
     def test_torch_export_keeps_the_batch_dynamic(self, name: str):
         model, usual = self.pair(name)
         batch = torch.export.Dim("batch", min=1, max=1024)
-        program = torch.export.export(model, (images(name, 2),), dynamic_shapes=({0: batch},))
+        with torch.no_grad():
+            program = torch.export.export(model, (images(name, 2),), dynamic_shapes=({0: batch},))
         for n in (1, 64):
             x = images(name, n)
             with torch.no_grad():
                 torch.testing.assert_close(program.module()(x), usual(x), rtol=1e-3, atol=1e-3)
 
+    @pytest.mark.skipif(torch.__version__ < (2, 11), reason="before PyTorch 2.11 the ONNX exporter takes no such loops")
     def test_onnx_runs_in_onnxruntime(self, tmp_path):
         onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install '.[onnx]'")
         name = "pcdeq1_mc_relu6_mnist"
         model, usual = self.pair(name)
         batch = torch.export.Dim("batch", min=1, max=1024)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # of the exporter's own dependencies
             program = torch.onnx.export(
                 model, (images(name),), dynamo=True, dynamic_shapes=({0: batch},), verbose=False
@@ -82,6 +84,10 @@ class TestExport:
     def test_compiled_training(self):
         model, usual = (net.train() for net in self.pair("pcdeq1_l_tanh_mnist"))
         x = images("pcdeq1_l_tanh_mnist", 8)
+        if torch.__version__ < (2, 7):
+            with pytest.raises(Exception, match=r"refuse_gradient_of_a_loop|under torch.no_grad\(\) only"):
+                torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+            return
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.compile(model, fullgraph=True, backend="aot_eager")(x).square().sum().backward()
@@ -112,8 +118,8 @@ def test_an_exported_net_is_as_good_as_a_certified_one(name: str, tol: float, sa
         timm.create_model(name, pretrained=True, **settings).eval()
         for settings in ({"tol": tol}, {"tol": tol, "exportable": True}, {"stop": "residual", "tol": 1e-10})
     )
-    program = torch.export.export(exportable, (x,)).module()
     with torch.no_grad():
+        program = torch.export.export(exportable, (x,)).module()
         wanted = exact.double()(x.double())
         ours, theirs = ((net(x) - wanted).abs().max().item() for net in (program, eager))
     assert ours <= 3 * theirs

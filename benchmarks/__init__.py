@@ -1,0 +1,1 @@
+"""How fast the solves are, beside others: run.py measures, tables.py prints."""

@@ -1,0 +1,61 @@
+"""What PyTorch has had only since a version above the oldest that is supported, 2.6, or calls otherwise since."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+
+__all__ = ["SINCE_2_7", "Switch", "is_exporting", "precision_switches", "refuse_gradient_of_a_loop"]
+
+
+SINCE_2_7 = hasattr(torch.compiler, "is_exporting")
+
+
+def is_exporting() -> bool:
+    """Whether torch.export is tracing; never before PyTorch 2.7, which cannot tell it from torch.compile."""
+    return SINCE_2_7 and torch.compiler.is_exporting()
+
+
+@torch.compiler.disable  # dynamo would swallow the message
+def refuse_gradient_of_a_loop() -> NoReturn:
+    """Raise, before PyTorch 2.7, where an exportable model is compiled or exported with gradients, which would be 0.
+
+    Raises:
+        RuntimeError: Always.
+    """
+    raise RuntimeError(
+        "before PyTorch 2.7 models made with exportable=True can be exported and compiled under torch.no_grad() only; "
+        "use that, or one made without it to train"
+    )
+
+
+class Switch(NamedTuple):
+    """An attribute that decides in which precision float32 products are made, and its value for float32."""
+
+    owner: Any
+    name: str
+    exact: Any
+
+
+class _MatmulPrecision:
+    """The functions for the precision of matrix products as an attribute, to be a `Switch` too."""
+
+    @property
+    def value(self) -> str:
+        return torch.get_float32_matmul_precision()
+
+    @value.setter
+    def value(self, value: str) -> None:
+        torch.set_float32_matmul_precision(value)
+
+
+def precision_switches() -> list[Switch]:
+    """All that there are: since PyTorch 2.9 one for each backend and kind of product."""
+    backends: Any = torch.backends
+    if not hasattr(backends.mkldnn, "conv"):
+        return [Switch(_MatmulPrecision(), "value", "highest"), Switch(backends.cudnn, "allow_tf32", False)]
+    owners = [backends.mkldnn.conv, backends.mkldnn.matmul]
+    if torch.cuda.is_available():
+        owners += [backends.cudnn.conv, backends.cuda.matmul]
+    return [Switch(owner, "fp32_precision", "ieee") for owner in owners]

@@ -1,14 +1,17 @@
 # Two commands on a fresh machine (Linux or macOS, Python >= 3.10, pip):
 #   make demo   set up, train a net on a sample of MNIST, evaluate it and the one that ships
 #   make test   set up, check style and types, pass the quick tests
-# And make benchmark: measure against the paper's algorithm and torchdeq, half an hour in which nothing else may run.
+# And, for who works on it:
+#   make benchmark     measure against the paper's algorithm and torchdeq, half an hour in which nothing else may run
+#   make gpu           the tests that a device matters to, an epoch, and the benchmark on a GPU, ten minutes
+#   make test-oldest   the quick tests with the oldest versions that pyproject.toml takes (Python 3.10 to 3.12)
 
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := --model pcdeq1_l_tanh_mnist --data sample
 LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: setup demo test benchmark
+.PHONY: setup demo test test-oldest benchmark gpu
 
 setup: .venv/.installed
 
@@ -33,6 +36,15 @@ test: setup
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile  # two thirds of the time of one with two threads
+
+test-oldest:
+	$(PYTHON) -m venv --clear .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c tests/oldest.txt -e '.[test]'
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 --dist loadfile
+
+gpu: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[benchmark]'
+	$(BIN)/python benchmarks/gpu.py
 
 benchmark: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[benchmark]'

@@ -1,15 +1,20 @@
 """What the zoo is measured against: the same networks with their pcDEQ layers solved by others.
 
 `paper` is the algorithm of the paper and its released code, written out plainly; `torchdeq` hands the same map to
-torchdeq 0.1.0 (https://github.com/locuslab/torchdeq) with its exact gradient. Both keep PyTorch's default memory order
-and the batch or sample criterion that they come with, at the paper's tolerance.
+torchdeq 0.1.0 (https://github.com/locuslab/torchdeq) with its exact gradient; `released` is that code itself, where
+there is a checkout. All keep PyTorch's default memory order and the batch or sample criterion that they come with, at
+the paper's tolerance.
 """
 
 from __future__ import annotations
 
 import copy
+import importlib
 import math
+import sys
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +31,16 @@ _SIGMA = {"relu6": nn.ReLU6, "tanh": nn.Tanh, "softsign": nn.Softsign, "sigmoid"
 
 
 class Baseline(nn.Module):
+    """What stands in for a pcDEQ layer. `evaluations` are those of the last solve, by direction."""
+
+    evaluations: dict[str, int]
+
+    def clamp(self) -> None:
+        """Project the parameters onto the nonnegative numbers, which the paper's training loop does after each step."""
+        raise NotImplementedError
+
+
+class _Map(Baseline):
     """The map f(z, x) = σ(W z + x) with weight normalisation, and the input map, as the paper's code has them."""
 
     def __init__(self, layer: PcDEQLinear | PcDEQConv2d) -> None:
@@ -54,7 +69,6 @@ class Baseline(nn.Module):
 
     @torch.no_grad()
     def clamp(self) -> None:
-        """Project v and g onto the nonnegative numbers, which their training loop does after every step."""
         for parameter in self.parameters():
             parameter.clamp_(min=0)
 
@@ -69,7 +83,7 @@ def _iterate(step: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, int]:
     return z, evaluations
 
 
-class Paper(Baseline):
+class Paper(_Map):
     """Solve from zero without a graph, evaluate once more with one, and solve the adjoint in a hook on that result."""
 
     def forward(self, u: Tensor) -> Tensor:
@@ -91,7 +105,7 @@ class Paper(Baseline):
         return z.reshape(u.shape)
 
 
-class TorchDEQ(Baseline):
+class TorchDEQ(_Map):
     """torchdeq's implicit layer, with a weight that is normalised once per forward, as its own normalisation is."""
 
     def __init__(self, layer: PcDEQLinear | PcDEQConv2d, solver: str) -> None:
@@ -124,6 +138,48 @@ class TorchDEQ(Baseline):
 
     def _count(self, info: dict[str, Tensor]) -> None:
         self.evaluations["backward"] = int(info["nstep"].max())
+
+
+class Released(Baseline):
+    """A block of the released code with the weights of a layer."""
+
+    def __init__(self, layer: PcDEQLinear | PcDEQConv2d, blocks: Any) -> None:
+        super().__init__()
+        self.flat = isinstance(layer, PcDEQLinear)
+        kind = f"{'Linear' if self.flat else 'Conv'}PcDEQ{layer.kind}Block"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its weight normalisation is of an older PyTorch
+            self.block = getattr(blocks, kind)(layer.direction.shape[0], layer.activation)
+        with torch.no_grad():
+            self.block.deq.f.W.weight_g.copy_(layer.magnitude.clamp(min=0))
+            self.block.deq.f.W.weight_v.copy_(layer.direction.clamp(min=0))
+
+    @property
+    def evaluations(self) -> dict[str, int]:  # type: ignore[override]
+        return {"forward": self.block.deq.iter_forward, "backward": self.block.deq.iter_backward}
+
+    def forward(self, u: Tensor) -> Tensor:
+        # It registers a hook on its output, which needs a graph; its own test loop has one too.
+        with torch.inference_mode(False), torch.enable_grad():
+            return self.block(u.flatten(1) if self.flat else u).reshape(u.shape)
+
+    def clamp(self) -> None:
+        self.block.clamp()
+
+
+def released(folder: Path) -> Callable[[PcDEQLinear | PcDEQConv2d], Baseline]:
+    """What replaces a layer by the authors' code, from a checkout of https://github.com/mateuszgabor/pcdeq.
+
+    Raises:
+        SystemExit: The folder is none.
+    """
+    if missing := [
+        name for name in ("blocks.py", "layers.py", "solvers.py", "utils.py") if not (folder / name).is_file()
+    ]:
+        raise SystemExit(f"{folder} is no checkout of https://github.com/mateuszgabor/pcdeq: no {', '.join(missing)}")
+    sys.path.append(str(folder.resolve()))
+    blocks = importlib.import_module("blocks")
+    return lambda layer: Released(layer, blocks)
 
 
 BASELINES: dict[str, Callable[[PcDEQLinear | PcDEQConv2d], Baseline]] = {

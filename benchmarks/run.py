@@ -2,6 +2,8 @@
 
     make benchmark                               sets up, then every net and measure: half an hour on 2 cores
     python benchmarks/run.py --nets pcdeq1_mc_relu6_cifar --rounds 5
+    python benchmarks/run.py --authors ../pcdeq    against a checkout of the authors' code too
+    python benchmarks/run.py --device cuda
 
 Prints tables and, for all nets, writes benchmarks/results.json; `python -m tools.report` then brings the documents
 up to date.
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import json
 import math
 import platform
@@ -32,7 +35,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from baselines import BASELINES, Baseline, baseline
+from baselines import BASELINES, Baseline, baseline, released
 from tables import tables
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -90,8 +93,9 @@ def trained(name: str, data: str | None) -> PcDEQ:
 
 
 def contenders(model: PcDEQ) -> dict[str, nn.Module]:
-    """The same network, solved in every way that is compared."""
-    nets: dict[str, nn.Module] = {name: baseline(model, name) for name in BASELINES}
+    """The same network, solved in every way that is compared; without torchdeq where that is not installed."""
+    known = [name for name in BASELINES if "torchdeq" not in name or importlib.util.find_spec("torchdeq")]
+    nets: dict[str, nn.Module] = {name: baseline(model, name) for name in known}
     for name, settings in OURS.items():
         nets[name] = copy.deepcopy(model)
         for key, value in settings.items():
@@ -111,13 +115,16 @@ def training_step(net: nn.Module, images: Tensor, labels: Tensor) -> None:
 
 def interleaved(functions: dict[str, Callable[[], Any]], rounds: int, calls: int) -> dict[str, float]:
     """Median seconds of a call of each function; round by round, `calls` of each in turn, the first one not counted."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds + 1):
         for name, function in functions.items():
             function()  # finds the caches and the allocator as the others left them
+            wait()
             start = time.perf_counter()
             for _ in range(calls):
                 function()
+            wait()
             times[name].append((time.perf_counter() - start) / calls)
     return {name: statistics.median(values[1:]) for name, values in times.items()}
 
@@ -173,8 +180,13 @@ def evaluations(net: nn.Module, step: Callable[[], Any]) -> dict[str, dict[str, 
     return counts
 
 
-def peak_memory(step: Callable[[], Any]) -> int:
+def peak_memory(step: Callable[[], Any], device: torch.device) -> int:
     """Most bytes that a step holds beyond what was there before, from the allocator's own log."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         step()
     held = most = 0
@@ -193,22 +205,22 @@ def flops(step: Callable[[], Any]) -> int:
 
 
 @torch.inference_mode()
-def peak_flops() -> float:
+def peak_flops(device: torch.device) -> float:
     """The best float32 rate of this machine, in FLOP/s: of a large convolution or a large matrix product."""
-    image = torch.rand(64, 128, 32, 32).contiguous(memory_format=torch.channels_last)
-    kernel = torch.rand(128, 128, 3, 3).contiguous(memory_format=torch.channels_last)
-    matrix = torch.rand(2048, 2048)
+    image = torch.rand(64, 128, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
+    kernel = torch.rand(128, 128, 3, 3, device=device).contiguous(memory_format=torch.channels_last)
+    matrix = torch.rand(2048, 2048, device=device)
     work = {"convolution": 2 * image.numel() * kernel[0].numel(), "matmul": 2 * 2048**3}
     run = {"convolution": lambda: F.conv2d(image, kernel, padding=1), "matmul": lambda: matrix @ matrix}
     return max(work[name] / seconds for name, seconds in interleaved(run, rounds=7, calls=2).items())
 
 
-def measure(name: str, data: str | None, rounds: int, peak: float) -> dict[str, Any]:
+def measure(name: str, data: str | None, rounds: int, peak: float, device: torch.device) -> dict[str, Any]:
     """All measures of one net."""
-    model = trained(name, data)
+    model = trained(name, data).to(device)
     dataset = VARIANTS[name].dataset
     pixels, labels = load(dataset, "train", data)
-    images = normalize(pixels[: 64 * GRADIENTS], dataset)
+    images, labels = normalize(pixels[: 64 * GRADIENTS].to(device), dataset), labels.to(device)
     batch, targets = images[:64], labels[:64]
     batches = [(images[i : i + 64], labels[i : i + 64]) for i in range(0, 64 * GRADIENTS, 64)]
     nets = contenders(model)
@@ -226,7 +238,7 @@ def measure(name: str, data: str | None, rounds: int, peak: float) -> dict[str, 
         row["gradient_error"] = math.sqrt(statistics.fmean(error**2 for error in errors))
         row["evaluations"] = evaluations(nets[key], steps[key])
         nets[key].zero_grad(set_to_none=True)
-        row["peak_bytes"] = peak_memory(steps[key])
+        row["peak_bytes"] = peak_memory(steps[key], device)
         if key in OURS:  # the counter and the hooks of the others do not go together
             row["convolution_share"] = flops(steps[key]) / peak / seconds
 
@@ -247,14 +259,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nets", nargs="+", choices=list(VARIANTS), metavar="NET", help=f"default: {', '.join(NETS)}")
     parser.add_argument("--data", help="as for recipes/train.py")
+    parser.add_argument("--device", type=torch.device, default="cpu", help="default: cpu")
+    parser.add_argument("--authors", type=Path, metavar="DIR", help="measure against this checkout of their code too")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds; one more is not counted")
-    parser.add_argument("--output", type=Path, help="JSON file (default: benchmarks/results.json if no nets are named)")
+    parser.add_argument(
+        "--output", type=Path, help="JSON file (default: benchmarks/results.json if this is what make benchmark does)"
+    )
     args = parser.parse_args()
 
-    peak = peak_flops()
+    if args.authors:
+        BASELINES["authors"] = released(args.authors)
+    on_gpu = args.device.type == "cuda"
+    peak = peak_flops(args.device)
     document: dict[str, Any] = {
         "machine": {
-            "processor": platform.processor() or platform.machine(),
+            "processor": torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "peak_gflops": round(peak / 1e9),
@@ -263,9 +282,9 @@ def main() -> None:
         "rounds": args.rounds,
         "nets": {},
     }
-    output = args.output or (None if args.nets else ROOT / "benchmarks" / "results.json")
+    output = args.output or (None if args.nets or args.authors or on_gpu else ROOT / "benchmarks" / "results.json")
     for name in tqdm(args.nets or NETS):
-        document["nets"][name] = measure(name, args.data, args.rounds, peak)
+        document["nets"][name] = measure(name, args.data, args.rounds, peak, args.device)
         print(tables({**document, "nets": {name: document["nets"][name]}}), flush=True)
         if output:
             replace_file(output, json.dumps(document, indent=1) + "\n")

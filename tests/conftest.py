@@ -18,6 +18,28 @@ from pcdeq_zoo.data import DATA_ROOT_VARIABLE, DEFAULT_DATA_ROOT, load
 DATA_ROOT = Path(os.environ.get(DATA_ROOT_VARIABLE, DEFAULT_DATA_ROOT))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="run on it what a device matters to, e.g. cuda, and nothing else")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("device") == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for the recipes, which take a GPU where there is one
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("device") != "cpu":
+        chosen = [item for item in items if "device" in item.fixturenames]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
+
+
+@pytest.fixture(scope="session")
+def device(pytestconfig: pytest.Config) -> torch.device:
+    """Where a test computes; what it compares with is computed on the CPU."""
+    return torch.device(pytestconfig.getoption("device"))
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

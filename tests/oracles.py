@@ -66,8 +66,7 @@ def newton(matrix: Tensor, u: Tensor, activation: str) -> Tensor:
 
 
 def truth(layer: nn.Module, x: Tensor) -> Tensor:
-    """The equilibrium in float64 by dense Newton steps, shape (N, n)."""
-    exact = x.double()
-    return newton(
-        dense(layer, exact, layer.weight.double()).detach(), input_map(layer, exact).flatten(1), layer.activation
-    )
+    """The equilibrium in float64 by dense Newton steps on the CPU, shape (N, n)."""
+    exact = x.double().cpu()
+    matrix = dense(layer, exact, layer.weight.double().cpu()).detach()
+    return newton(matrix, input_map(layer, exact).flatten(1), layer.activation)

@@ -1,13 +1,18 @@
 """What the zoo is measured against solves the same problem: the same outputs and gradients, within its tolerance."""
 
+import os
+from pathlib import Path
+
 import pytest
 import timm
 import torch
-from baselines import Paper, baseline
+from baselines import BASELINES, Paper, baseline, released
 from run import gradient, solved_layers, unit_errors
 from torch import nn
 
 from pcdeq_zoo import PcDEQConv2d, PcDEQLinear
+
+AUTHORS = os.environ.get("PCDEQ_AUTHORS")
 
 NETS = ["pcdeq1_l_tanh_mnist", "pcdeq2_mc_sigmoid_mnist", "pcdeq1_mc_softsign_mnist"]
 
@@ -34,6 +39,24 @@ def test_the_papers_algorithm_gives_the_same(name: str):
         torch.testing.assert_close(net(images), model(images), rtol=1e-2, atol=1e-3)
     errors = unit_errors(net, solved_layers(model), images)
     assert 0 < max(errors.values()) < 0.01
+
+
+@pytest.mark.skipif(not AUTHORS, reason="$PCDEQ_AUTHORS names no checkout of https://github.com/mateuszgabor/pcdeq")
+@pytest.mark.parametrize("name", NETS)
+def test_the_plain_algorithm_is_the_one_that_was_released(name: str, monkeypatch):
+    monkeypatch.setitem(BASELINES, "authors", released(Path(AUTHORS)))
+    model = timm.create_model(name, pretrained=True).train()
+    nets = [baseline(model, key).train() for key in ("paper", "authors")]
+    images, labels = torch.rand(8, 1, 28, 28), torch.arange(8)
+    ours, theirs = (gradient(net, images, labels) for net in nets)
+    assert (ours - theirs).norm() < 1e-3 * theirs.norm()
+    counts = [[layer.evaluations for layer in solved_layers(net).values()] for net in nets]
+    assert counts[0] == counts[1]
+
+
+def test_a_folder_without_the_released_code(tmp_path):
+    with pytest.raises(SystemExit, match=r"is no checkout of .*: no blocks.py, layers.py, solvers.py, utils.py"):
+        released(tmp_path)
 
 
 def test_the_projection_of_the_baseline():

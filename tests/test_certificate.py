@@ -47,17 +47,19 @@ def adversarial(kind: str, activation: str, norm: float, input_name: str) -> tup
 
 def assert_holds(solution: Solution, z: Tensor) -> None:
     """Every unit of the true equilibrium z, (N, n), is where the solution proves it to be."""
-    assert (solution.lower.double().flatten(1) <= z).all()
-    assert (z <= solution.upper.double().flatten(1)).all()
+    assert (solution.lower.double().cpu().flatten(1) <= z).all()
+    assert (z <= solution.upper.double().cpu().flatten(1)).all()
 
 
 @every_layer
 @every_input
 @pytest.mark.parametrize("norm", [0.1, 0.9, 10.0, 50.0])
-def test_certified_solves_contain_the_equilibrium(kind: str, activation: str, norm: float, input_name: str):
+def test_certified_solves_contain_the_equilibrium(
+    kind: str, activation: str, norm: float, input_name: str, device: torch.device
+):
     layer, x = adversarial(kind, activation, norm, input_name)
     z = truth(layer, x)
-    solution = layer.solve(x)
+    solution = layer.to(device).solve(x.to(device))
     assert solution.converged.all(), solution.failure()
     assert (solution.bound <= layer.solver.tol).all()
     assert_holds(solution, z)

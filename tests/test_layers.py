@@ -44,13 +44,14 @@ def test_plain_iterates_rise_to_the_equilibrium(kind: str, activation: str):
 
 
 @every_layer
-def test_gradient_is_the_implicit_function_theorems(kind: str, activation: str):
+def test_gradient_is_the_implicit_function_theorems(kind: str, activation: str, device: torch.device):
     """x, v and g against a dense solve of (I − DW)ᵀ a = D ∂L/∂z, chained by autograd through an explicit W(v, g)."""
     layer, x = make(kind, activation)
     x.requires_grad_()
     loss_weight = torch.randn(x.shape, dtype=x.dtype)
-    (layer(x) * loss_weight).sum().backward()
-    got = x.grad, layer.direction.grad, layer.magnitude.grad
+    there = copy.deepcopy(layer).to(device)
+    (there(x.to(device)) * loss_weight.to(device)).sum().backward()
+    got = x.grad, there.direction.grad.cpu(), there.magnitude.grad.cpu()
 
     v, g = (p.detach().clone().requires_grad_() for p in (layer.direction, layer.magnitude))
     leaf = x.detach().clone().requires_grad_()
@@ -212,11 +213,13 @@ def test_half_precision_is_solved_in_float32(kind: str, activation: str, dtype: 
 
 @every_layer
 @pytest.mark.parametrize("stop", ["certified", "estimated"])
-def test_autocast_to_bfloat16_reduces_products_and_nothing_else(kind: str, activation: str, stop: str):
+def test_autocast_to_bfloat16_reduces_products_and_nothing_else(
+    kind: str, activation: str, stop: str, device: torch.device
+):
     """The state stays float32: the output has that dtype, and is as far off as the products are, or proven."""
-    layer, x = make(kind, activation, dtype=torch.float32, stop=stop, tol=1e-4)
+    layer, x = (part.to(device) for part in make(kind, activation, dtype=torch.float32, stop=stop, tol=1e-4))
     plain, grads = layer(x), torch.autograd.grad(layer(x).sum(), layer.parameters())
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         y = layer(x)
         solution = layer.solve(x)
     cast = torch.autograd.grad(y.sum(), layer.parameters())  # outside, as in any training loop

@@ -84,6 +84,20 @@ def test_every_parameter_gets_a_gradient(name: str):
         assert parameter.grad.isfinite().all(), parameter_name
 
 
+@every_model
+def test_logits_and_gradients_are_those_of_float64(name: str, device: torch.device):
+    model, x = make(name), images(name)
+    exact = copy.deepcopy(model).double()
+    exact.solver.stop, exact.solver.tol, exact.solver.max_evals = "residual", 1e-10, 2000
+    wanted, got = exact(x.double()), model.to(device)(x.to(device))
+    assert (got.cpu() - wanted).norm() < 1e-3 * wanted.norm()
+    weights = torch.randn_like(wanted)
+    (wanted * weights).sum().backward()
+    (got * weights.to(got)).sum().backward()
+    grads, ours = (torch.cat([p.grad.flatten().double().cpu() for p in net.parameters()]) for net in (exact, model))
+    assert (ours - grads).norm() < 1e-2 * grads.norm()
+
+
 @every_size
 def test_classifier_can_be_changed_and_removed(name: str):
     x = images(name)

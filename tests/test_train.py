@@ -67,6 +67,7 @@ def test_the_result_loads_through_timm(run: Path):
     )
 
 
+@pytest.mark.usefixtures("device")
 def test_the_seed_makes_it_reproducible(run: Path, tmp_path):
     again = launch(f"{SHORT} --output {tmp_path / 'again'}")
     assert again.returncode == 0, again.stderr
@@ -82,7 +83,7 @@ EVERYTHING = (
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Callable[[int], Path]:
+def whole(tmp_path_factory, device: torch.device) -> Callable[[int], Path]:
     """A run of EVERYTHING that nobody killed, by the number of processes."""
     folder = tmp_path_factory.mktemp("whole")
 
@@ -90,7 +91,7 @@ def whole(tmp_path_factory) -> Callable[[int], Path]:
     def run(processes: int) -> Path:
         done = launch(f"{EVERYTHING}{folder / str(processes)}", processes)
         assert done.returncode == 0, done.stderr
-        assert f"{processes} x cpu" in done.stdout
+        assert f"{processes} x {device.type if processes == 1 else 'cpu'}" in done.stdout
         return folder / str(processes)
 
     return run

@@ -75,9 +75,10 @@ def test_the_seed_makes_it_reproducible(run: Path, tmp_path):
     assert sha256(one) == sha256(two)
 
 
-# Batches and groups of them that do not come out even, and all that a recipe can ask for.
+# Batches and groups of them that do not come out even, and all that a recipe can ask for. What is left to the tolerance
+# differs between batches of different sizes, and Adam makes much of it: 1e-5.
 EVERYTHING = (
-    "recipes/train.py --model pcdeq1_mc_tanh_mnist --recipe paper --data sample --epochs 2 --limit-train 500 "
+    "recipes/train.py --model pcdeq1_mc_tanh_mnist --recipe paper --data sample --epochs 2 --limit-train 500 --tol 1e-5 "
     "--save-every 2 --batch-size 63 --grad-accum 2 --ema-decay 0.9 --label-smoothing 0.1 --output "
 )
 

@@ -28,7 +28,7 @@ demo: setup
 	$(LAUNCH) recipes/train.py $(DEMO) --epochs 6 --output runs/demo
 	@echo "The same file, loaded by timm.create_model:"
 	$(BIN)/python recipes/evaluate.py $(DEMO) --checkpoint runs/demo/model.safetensors
-	@echo "The checkpoint that ships (60,000 images, 40 epochs) on the same 400 test images:"
+	@echo "The checkpoint that ships (60,000 images, 16 epochs) on the same 400 test images:"
 	$(BIN)/python recipes/evaluate.py $(DEMO)
 
 test: setup

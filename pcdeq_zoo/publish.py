@@ -23,7 +23,6 @@ from pathlib import Path
 import timm
 from huggingface_hub import HfApi
 from huggingface_hub.errors import (
-    HfHubHTTPError,
     HFValidationError,
     HTTPError,
     LocalTokenNotFoundError,
@@ -180,10 +179,11 @@ def main() -> None:
         publish(args.namespace, args.only, args.tag, args.dry_run)
     except (PublishError, WeightsError, HFValidationError) as error:
         sys.exit(f"error: {error}")
-    except HfHubHTTPError as error:
-        sys.exit(f"error: the Hub refused: {' '.join(str(error).split())}")
     except (HTTPError, OSError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
+        reason = " ".join(str(error).split())
+        if getattr(error, "response", None) is not None:  # some errors of an answer have no class of their own
+            sys.exit(f"error: the Hub refused: {reason}")
+        reason = reason.rstrip(".")
         sys.exit(f"error: the Hub cannot be reached: {reason}; run the same command again to go on")
 
 

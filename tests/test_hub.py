@@ -23,12 +23,15 @@ import timm
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from huggingface_hub import __version__ as hub_version
 from safetensors.torch import save_file
 
 from pcdeq_zoo import DATASETS, VARIANTS, __version__
 from pcdeq_zoo.cards import model_card
 from pcdeq_zoo.data import load, normalize
 from pcdeq_zoo.weights import NAMESPACE, Checkpoint, checkpoints, hub_digest, sha256
+
+OLD_HUB = hub_version.startswith("0.")
 
 ROOT = Path(__file__).parents[1]
 NAME = "pcdeq1_l_tanh_mnist"
@@ -219,6 +222,7 @@ class TestPublish:
         assert empty_hub.repository(f"alice/{CHECKPOINT}")["tags"] == state["tags"]
         assert "is published already" in empty_hub.publish(*one).stdout
 
+    @pytest.mark.skipif(OLD_HUB, reason="before huggingface-hub 1.0 a failed upload leaves a folder to the collector")
     def test_killed_server_and_resumed(self, empty_hub: Hub):
         some = ("--namespace", NAMESPACE, "--only", "*_l_*")
         first, second, *rest = fnmatch.filter(checkpoints(), "*_l_*")
@@ -263,9 +267,9 @@ print(json.dumps(found))
 """
         none, wrong, read, stranger, pattern, slash, space, main = empty_hub.python(script)
         assert none == "error: no token; log in with `hf auth login`, or set HF_TOKEN"
-        assert wrong == (
+        assert wrong.startswith(
             "error: the Hub refused: Invalid user token. The token from HF_TOKEN environment variable is invalid. "
-            "Note that HF_TOKEN takes precedence over `hf auth login`."
+            "Note that HF_TOKEN takes precedence over "
         )
         assert read == "error: the token of alice is read-only; make one that may write"
         assert stranger.startswith("error: the Hub refused: ")
@@ -306,6 +310,7 @@ print(1)
             assert f"anyone/{name}, tag {TAG}:" in done.stdout
             assert checkpoint.row["sha256"] in done.stdout
 
+    @pytest.mark.skipif(OLD_HUB, reason="the command was another before huggingface-hub 1.0")
     def test_the_hf_command_downloads_it(self, hub: Hub, tmp_path):
         hf = str(Path(sys.executable).with_name("hf"))
         assert "alice" in hub.run(hf, "auth", "whoami").stdout

@@ -108,7 +108,10 @@ EVALUATE = [
     ("--model hf-hub:", "no model 'hf-hub:': "),
     ("--model local-dir:/no/such/folder", "no model 'local-dir:/no/such/folder': "),
     (f"--model {NAME} --batch-size 0", "--batch-size must be above 0"),
-    (f"--model {NAME}.zoo", f"no weights of {NAME}.zoo ship; there are pcdeq1_l_relu6_mnist.paper, "),
+    (
+        "--model pcdeq1_mc_tanh_svhn.zoo",
+        "no weights of pcdeq1_mc_tanh_svhn.zoo ship; there are pcdeq1_l_relu6_mnist.zoo, ",
+    ),
     ("--model pcdeq1_mc_tanh_svhn", "no weights of pcdeq1_mc_tanh_svhn.paper are published yet"),
     (f"--model {NAME} --data /no/such/folder", "no data folder /no/such/folder"),
     (f"--model {NAME} --checkpoint /no/such/file", "there is no file /no/such/file"),

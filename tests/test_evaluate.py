@@ -6,7 +6,7 @@ from pathlib import Path
 import evaluate
 import pytest
 import torch
-from recipe_runs import NAME, row_of
+from recipe_runs import CHECKPOINT, NAME, row_of
 
 from pcdeq_zoo.weights import checkpoints, sha256
 
@@ -14,7 +14,7 @@ from pcdeq_zoo.weights import checkpoints, sha256
 @pytest.mark.parametrize("own", [True, False])
 def test_evaluate_writes_a_row_of_what_it_measured(run: Path, tmp_path, monkeypatch, own: bool):
     """How a file was trained is known of those that ship only, whatever another one is called."""
-    shipped = checkpoints()[f"{NAME}.paper"]
+    shipped = checkpoints()[CHECKPOINT]
     file = shipped.file if own else run / "model.safetensors"
     arguments = f"--model {NAME} --checkpoint {file} --data sample --output {tmp_path / 'row.csv'}"
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments.split()])

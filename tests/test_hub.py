@@ -35,7 +35,7 @@ OLD_HUB = hub_version.startswith("0.")
 
 ROOT = Path(__file__).parents[1]
 NAME = "pcdeq1_l_tanh_mnist"
-CHECKPOINT = f"{NAME}.paper"
+CHECKPOINT = f"{NAME}.{VARIANTS[NAME].default_recipe}"
 SHIPPED = checkpoints()[CHECKPOINT]
 TAG = f"v{__version__}"
 

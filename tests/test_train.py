@@ -260,14 +260,14 @@ def test_sweep(tmp_path):
     arguments += ["--data", "sample", "--epochs", "1", "--limit-train", "128"]
     done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    names = {f"pcdeq1_l_{activation}_mnist.paper.seed0" for activation in ("tanh", "softsign")}
+    names = {f"pcdeq1_l_{activation}_mnist.zoo.seed0" for activation in ("tanh", "softsign")}
     assert {folder.name for folder in (tmp_path / "runs").iterdir() if folder.is_dir()} == names
     assert all((tmp_path / "runs" / name / "results.csv").is_file() for name in names)
-    other = tmp_path / "runs" / "pcdeq1_l_tanh_mnist.paper.seed0"
+    other = tmp_path / "runs" / "pcdeq1_l_tanh_mnist.zoo.seed0"
     settings = (other / "run.json").read_text()
     (other / "run.json").write_text(settings.replace('"hold_out": null', '"hold_out": 100'))
     done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
     assert "1 of 2 runs failed" in done.stderr
-    assert "softsign_mnist.paper.seed0 is finished" in done.stdout
+    assert "softsign_mnist.zoo.seed0 is finished" in done.stdout
     assert "other settings: hold_out 100 there, None here" in other.with_name(f"{other.name}.txt").read_text()

@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[1]
 
 every_checkpoint = pytest.mark.parametrize("checkpoint", checkpoints().values(), ids=list(checkpoints()))
 NAME = "pcdeq1_l_tanh_mnist"
+CHECKPOINT = f"{NAME}.{VARIANTS[NAME].default_recipe}"
 
 
 def quick_if_linear(checkpoint: Checkpoint):
@@ -137,17 +138,17 @@ class TestDamage:
     def file(self, tmp_path, monkeypatch) -> Path:
         shutil.copytree(CHECKPOINTS, tmp_path / "checkpoints")
         monkeypatch.setattr(pcdeq_zoo.weights, "CHECKPOINTS", tmp_path / "checkpoints")
-        return tmp_path / "checkpoints" / f"{NAME}.paper.safetensors"
+        return tmp_path / "checkpoints" / f"{CHECKPOINT}.safetensors"
 
     def create(self, file: Path):
         return timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay={"file": str(file)})
 
     def refused(self, file: Path, found: str) -> None:
-        wanted = checkpoints()[f"{NAME}.paper"].content
+        wanted = checkpoints()[CHECKPOINT].content
         with pytest.raises(WeightsError) as caught:
             self.create(file)
         assert str(caught.value) == (
-            f"weights of {NAME}.paper: {file}: got {found}, wanted {wanted}; install pcdeq_zoo again"
+            f"weights of {CHECKPOINT}: {file}: got {found}, wanted {wanted}; install pcdeq_zoo again"
         )
 
     def test_intact(self, file: Path):

@@ -180,7 +180,9 @@ def test_a_finished_run_is_never_overwritten(run: Path, here, refuse):
     before = sha256(run / "model.safetensors")
     message = refuse(train.main, f"--model {NAME} --data sample --epochs 1 --output {run}")
     assert message == f"{run} already holds a run; give another --output, --resume it, or remove it"
-    message = refuse(train.main, f"--model {NAME} --data sample --epochs 1 --limit-train 640 --output {run} --resume")
+    message = refuse(
+        train.main, f"--model {NAME} --recipe paper --data sample --epochs 1 --limit-train 640 --output {run} --resume"
+    )
     assert message.startswith(f"{run} holds a run with other settings: recipe {{'epochs': 2, ")
     assert here(train.main, f"{SHORT.partition(' ')[2]} --output {run} --resume").strip() == f"{run} is finished"
     assert sha256(run / "model.safetensors") == before

@@ -3,8 +3,8 @@
 #   make test   set up, check style and types, pass the quick tests
 # And, for who works on it:
 #   make benchmark     measure against the paper's algorithm and torchdeq, half an hour in which nothing else may run
-#   make gpu           the tests that a device matters to, an epoch, and the benchmark on a GPU, ten minutes
-#   make test-oldest   the quick tests with the oldest versions that pyproject.toml takes (Python 3.10 to 3.12)
+#   make gpu           the tests that a device matters to, an epoch, and the benchmark on a GPU
+#   make test-oldest   the quick tests with the oldest versions that pyproject.toml takes (Python 3.10 or 3.11)
 
 PYTHON ?= python3
 BIN := .venv/bin

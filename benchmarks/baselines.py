@@ -1,7 +1,7 @@
 """What the zoo is measured against: the same networks with their pcDEQ layers solved by others.
 
 `paper` is the algorithm of the paper and its released code, written out plainly; `torchdeq` hands the same map to
-torchdeq 0.1.0 (https://github.com/locuslab/torchdeq) with its exact gradient; `released` is that code itself, where
+torchdeq 0.1.0 (https://github.com/locuslab/torchdeq) with its exact gradient; `authors` is that code itself, where
 there is a checkout. All keep PyTorch's default memory order and the batch or sample criterion that they come with, at
 the paper's tolerance.
 """

@@ -1,10 +1,10 @@
-"""Try the zoo on a GPU, in less than ten minutes and without a network: tests, an epoch of training, the benchmark.
+"""Try the zoo on a GPU, without a network: an epoch of training, the benchmark, and the tests that a device matters to.
 
     make gpu                          or: python benchmarks/gpu.py, where PyTorch, timm and accelerate are there already
-    python benchmarks/gpu.py --data FOLDER --nets pcdeq1_mc_relu6_cifar
+    PCDEQ_ZOO_DATA=FOLDER python benchmarks/gpu.py --nets pcdeq1_mc_relu6_cifar
 
-The tests are those that a device matters to: logits, gradients, proven bounds and autocast, against float64 on the CPU,
-and runs of the recipes. Prints tables, and writes runs/gpu/results.json.
+The tests are of logits, gradients, proven bounds and autocast, against float64 on the CPU, and of runs of the recipes.
+Prints tables, and writes runs/gpu/results.json.
 """
 
 from __future__ import annotations
@@ -45,33 +45,22 @@ def test(device: str) -> dict[str, Any]:
     return {"passed": status == 0, "seconds": seconds}
 
 
-def train(device: str, data: list[str]) -> dict[str, Any]:
+def train(device: str) -> dict[str, Any]:
     """An epoch of the zoo's recipe."""
     run = OUTPUT / "train"
     shutil.rmtree(run, ignore_errors=True)
-    arguments = [
-        "recipes/train.py",
-        "--model",
-        TRAINED,
-        "--recipe",
-        "zoo",
-        "--epochs",
-        "1",
-        "--output",
-        str(run),
-        *data,
-    ]
-    status, seconds = python(*arguments, *(["--cpu"] if device == "cpu" else []))
+    arguments = ["--model", TRAINED, "--recipe", "zoo", "--epochs", "1", "--output", str(run)]
+    status, seconds = python("recipes/train.py", *arguments, *(["--cpu"] if device == "cpu" else []))
     result: dict[str, Any] = {"model": TRAINED, "passed": status == 0, "seconds": seconds}
     if status == 0:
         result["log"] = json.loads((run / "log.jsonl").read_text())
     return result
 
 
-def benchmark(device: str, data: list[str], nets: list[str]) -> dict[str, Any]:
+def benchmark(device: str, nets: list[str]) -> dict[str, Any]:
     output = OUTPUT / "benchmark.json"
     output.unlink(missing_ok=True)
-    arguments = ["benchmarks/run.py", "--device", device, "--nets", *nets, "--output", str(output), *data]
+    arguments = ["benchmarks/run.py", "--device", device, "--nets", *nets, "--output", str(output)]
     status, seconds = python(*arguments)
     result: dict[str, Any] = {"passed": status == 0, "seconds": seconds}
     if output.exists():
@@ -82,19 +71,17 @@ def benchmark(device: str, data: list[str], nets: list[str]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--data", help="as for recipes/train.py")
     parser.add_argument("--nets", nargs="+", default=list(NETS), metavar="NET", help="for the benchmark")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("PyTorch sees no GPU here; --device cpu goes the same way without one")
 
     OUTPUT.mkdir(parents=True, exist_ok=True)
-    data = ["--data", args.data] if args.data else []
     document = {
         "device": torch.cuda.get_device_name() if args.device == "cuda" else args.device,
         "torch": torch.__version__,
-        "training": train(args.device, data),
-        "benchmark": benchmark(args.device, data, args.nets),
+        "training": train(args.device),
+        "benchmark": benchmark(args.device, args.nets),
         "tests": test(args.device),
     }
     replace_file(OUTPUT / "results.json", json.dumps(document, indent=1) + "\n")

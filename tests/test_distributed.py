@@ -123,3 +123,10 @@ def test_one_process_instead_of_two_is_refused(tmp_path):
     assert done.returncode == 1
     assert "accelerate was asked for several processes and started one; on CPUs say --multi_gpu" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_on_a_gpu_batch_norm_is_synchronized_by_pytorch():
+    usual = batch_norm()
+    ours = synchronize_batch_norm(batch_norm(), torch.device("cuda"))
+    assert isinstance(ours[0], torch.nn.SyncBatchNorm)
+    assert list(ours.state_dict()) == list(usual.state_dict())

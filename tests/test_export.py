@@ -40,7 +40,9 @@ class TestExport:
             with torch.no_grad():
                 torch.testing.assert_close(program.module()(x), usual(x), rtol=1e-3, atol=1e-3)
 
-    @pytest.mark.skipif(torch.__version__ < (2, 11), reason="before PyTorch 2.11 the ONNX exporter takes no such loops")
+    @pytest.mark.skipif(
+        torch.__version__ < (2, 11), reason="the ONNX exporter takes such loops in PyTorch 2.11, and not in 2.8"
+    )
     def test_onnx_runs_in_onnxruntime(self, tmp_path):
         onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install '.[onnx]'")
         name = "pcdeq1_mc_relu6_mnist"

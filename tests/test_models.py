@@ -15,6 +15,7 @@ from torch import nn
 
 from pcdeq_zoo import DATASETS, VARIANTS, PcDEQ, PcDEQConv2d, PcDEQLinear
 from pcdeq_zoo.data import normalize
+from pcdeq_zoo.pcdeq import check_images
 
 every_model = pytest.mark.parametrize("name", VARIANTS)
 
@@ -349,3 +350,13 @@ def test_other_sizes_and_widths_build():
     model = timm.create_model("pcdeq1_mc_tanh_cifar", img_size=(48, 40), channels=(8, 16), num_classes=3)
     assert model(torch.randn(2, 3, 48, 40)).shape == (2, 3)
     assert DATASETS["cifar"].input_size == (3, 32, 32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_finite_images_whose_sum_overflows_are_finite(dtype: torch.dtype):
+    images = torch.full((2, 1, 28, 28), torch.finfo(dtype).max, dtype=dtype)
+    assert not images.sum().isfinite()
+    check_images(images, 1, (28, 28))
+    images[1, 0, 3, 3] = torch.nan
+    with pytest.raises(ValueError, match="NaN or infinite pixels"):
+        check_images(images, 1, (28, 28))

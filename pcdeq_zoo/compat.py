@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 
-__all__ = ["SINCE_2_7", "Switch", "is_exporting", "precision_switches", "refuse_gradient_of_a_loop"]
+__all__ = ["SINCE_2_7", "Switch", "cpu_capabilities", "is_exporting", "precision_switches", "refuse_gradient_of_a_loop"]
 
 
 SINCE_2_7 = hasattr(torch.compiler, "is_exporting")
@@ -28,6 +29,11 @@ def refuse_gradient_of_a_loop() -> NoReturn:
         "before PyTorch 2.7 models made with exportable=True can be exported and compiled under torch.no_grad() only; "
         "use that, or one made without it to train"
     )
+
+
+def cpu_capabilities() -> Mapping[str, Any]:
+    """Sets of instructions, by name, and whether the CPU has them; empty where PyTorch is too old to say."""
+    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
 
 
 class Switch(NamedTuple):

@@ -7,7 +7,7 @@ from oracles import BOUND, SIGMA, derivative, make, truth
 from torch import Tensor
 
 from pcdeq_zoo import ACTIVATIONS, PcDEQConv2d, Solver, record_solves, solve
-from pcdeq_zoo.operators import REDUCED_BOUND, Convolution
+from pcdeq_zoo.operators import REDUCED_BOUND, Convolution, has_bfloat16_products
 from pcdeq_zoo.solver import extrapolate
 
 
@@ -34,6 +34,21 @@ def full_products(monkeypatch) -> list[int]:
 
 def relative(z: Tensor, exact: Tensor) -> Tensor:
     return (z.double().flatten(1) - exact).norm(dim=1) / exact.norm(dim=1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({}, False),  # a PyTorch that does not say
+        ({"avx512_bf16": False, "sse4a": True}, False),
+        ({"avx512_bf16": True, "sse4a": True}, True),  # AMD Zen 4
+        ({"avx512_bf16": True, "sse4a": False, "amx_bf16": False}, False),  # Intel, AMX kept from a virtual machine
+        ({"avx512_bf16": True, "sse4a": False, "amx_bf16": True}, True),
+    ],
+)
+def test_products_are_reduced_only_where_that_is_faster(flags: dict[str, bool], expected: bool, monkeypatch):
+    monkeypatch.setattr("pcdeq_zoo.operators.cpu_capabilities", lambda: flags)
+    assert has_bfloat16_products.__wrapped__(torch.device("cpu")) is expected
 
 
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))

@@ -6,6 +6,15 @@ from pcdeq_zoo.certificate import Enclosure, enclosure
 from pcdeq_zoo.data import DATASETS, DataError, Dataset
 from pcdeq_zoo.layers import PcDEQConv2d, PcDEQLinear, project
 from pcdeq_zoo.pcdeq import PcDEQ
+from pcdeq_zoo.robustness import (
+    Box,
+    Certification,
+    certify,
+    forward_with_margins,
+    interval_bounds,
+    pgd,
+    pixel_box,
+)
 from pcdeq_zoo.solution import (
     ConvergenceError,
     ConvergenceWarning,
@@ -22,6 +31,8 @@ __all__ = [
     "ACTIVATIONS",
     "DATASETS",
     "VARIANTS",
+    "Box",
+    "Certification",
     "ConvergenceError",
     "ConvergenceWarning",
     "DataError",
@@ -38,7 +49,12 @@ __all__ = [
     "Variant",
     "WeightsError",
     "__version__",
+    "certify",
     "enclosure",
+    "forward_with_margins",
+    "interval_bounds",
+    "pgd",
+    "pixel_box",
     "project",
     "record_solves",
     "solve",

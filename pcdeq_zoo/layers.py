@@ -24,7 +24,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from pcdeq_zoo.activations import ACTIVATIONS, Activation
 from pcdeq_zoo.compat import is_exporting
 from pcdeq_zoo.export import TraceableLoop
-from pcdeq_zoo.maps import EquilibriumMap, LinearizedMap
+from pcdeq_zoo.maps import EquilibriumMap, LinearizedMap, per_sample
 from pcdeq_zoo.operators import autocast_to_bfloat16, full_precision, operator
 from pcdeq_zoo.solution import Direction, Solution, Status, announce
 from pcdeq_zoo.solver import Solver
@@ -55,12 +55,12 @@ class _Problem(NamedTuple):
         announce(solution, self.layer(), "forward", self.thread, self.solver.on_failure)
         return solution
 
-    def differentiable_equilibrium(self, u: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """That, and σ′ there."""
+    def differentiable_equilibrium(self, u: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """That, σ′ there, and the proven bound of its error, shape (N,)."""
         with full_precision(u.device):
             solution, slopes = self.solver.differentiable_equilibrium(self.map(u, weight))
         announce(solution, self.layer(), "forward", self.thread, self.solver.on_failure)
-        return solution.value, slopes
+        return solution.value, slopes, solution.bound
 
     def linearized(self, slopes: Tensor, g: Tensor, weight: Tensor, direction: Direction) -> Tensor:
         """Fixed point of `LinearizedMap` at an equilibrium with these slopes: with Wᵀ "backward", with W else."""
@@ -85,7 +85,7 @@ def _with_signature(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Equilibrium(torch.autograd.Function):
-    """(u, W) ↦ z* and σ′(W z* + x), the equilibrium for x = input map of u, differentiated implicitly.
+    """(u, W) ↦ z*, σ′(W z* + x) and a bound of z*'s error: the equilibrium for x = input map of u, with its gradient.
 
     With D = diag σ′(W z* + x) the gradient of L is a = D (Wᵀ a + ∂L/∂z*) with respect to x and a z*ᵀ with respect to W,
     and the tangent of z* is t = D (W t + ẋ + Ẇ z*). u, z*, D and W are all it saves.
@@ -93,20 +93,20 @@ class _Equilibrium(torch.autograd.Function):
 
     @staticmethod
     @_with_signature
-    def forward(u: Tensor, weight: Tensor, problem: _Problem) -> tuple[Tensor, Tensor]:
+    def forward(u: Tensor, weight: Tensor, problem: _Problem) -> tuple[Tensor, Tensor, Tensor]:
         return problem.differentiable_equilibrium(u, weight)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, _Problem], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, _Problem], output: tuple[Tensor, Tensor, Tensor]) -> None:
         u, weight, ctx.problem = inputs
-        z, slopes = output
-        ctx.mark_non_differentiable(slopes)
+        z, slopes, bound = output
+        ctx.mark_non_differentiable(slopes, bound)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(u, z, slopes, weight)
         ctx.save_for_forward(u, z, slopes, weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
         if grad is None:
             return None, None, None
         refuse_legacy_vmap(grad)
@@ -117,7 +117,7 @@ class _Equilibrium(torch.autograd.Function):
             return a * ctx.problem.activation.input_derivative(u), weight_grad, None
 
     @staticmethod
-    def jvp(ctx: Any, u_tangent: Tensor | None, weight_tangent: Tensor | None, _: None) -> tuple[Tensor, None]:
+    def jvp(ctx: Any, u_tangent: Tensor | None, weight_tangent: Tensor | None, _: None) -> tuple[Tensor, None, None]:
         u, z, slopes, weight = ctx.saved_tensors
         g = torch.zeros_like(z)
         with full_precision(z.device):
@@ -125,14 +125,14 @@ class _Equilibrium(torch.autograd.Function):
                 g = g + ctx.problem.activation.input_derivative(u) * u_tangent
             if weight_tangent is not None:
                 g = g + operator(weight_tangent)(z)
-        return _Linearized.apply(z, slopes, g, weight, ctx.problem, "tangent"), None
+        return _Linearized.apply(z, slopes, g, weight, ctx.problem, "tangent"), None, None
 
     @staticmethod
     def vmap(
         info: Any, in_dims: tuple[Any, ...], u: Tensor, weight: Tensor, problem: _Problem
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         outputs = _fold(_Equilibrium, info.batch_size, in_dims, (u,), weight, problem)
-        return outputs, (0, 0)
+        return outputs, (0, 0, 0)
 
 
 class _Linearized(torch.autograd.Function):
@@ -353,6 +353,41 @@ class _PcDEQLayer(TraceableLoop):
         """z ↦ σ(W z + x) for a batch of inputs, as a value that `pcdeq_zoo.solve` takes."""
         u = self._prepare(u)
         return self._problem().map(u, self._normalized_weight().to(u.dtype))
+
+    @torch.jit.unused
+    @torch.compiler.disable
+    def hull(self, lower: Tensor, upper: Tensor, solver: Solver | None = None) -> tuple[Tensor, Tensor]:
+        """The least and the largest output of each unit over all inputs u with lower ≤ u ≤ upper.
+
+        Shapes as of u, in the precision of the solve.
+
+        W ≥ 0 and a nondecreasing σ make the equilibrium nondecreasing in its input, as the limit of nondecreasing
+        iterates. So these are the equilibria of the two ends, whatever the size of W, and no other bounds are tighter.
+        Differentiable with respect to both ends and to the parameters.
+
+        Args:
+            lower, upper: Ends of the box, as for `forward`.
+            solver: Settings of the solves; by default the layer's. If it is "certified", the hull is widened by what
+                the solves leave open, and is [0, sup σ] where they prove nothing: no output is outside of it.
+        """
+        u = torch.cat([self._prepare(lower), self._prepare(upper)])
+        problem = self._problem()
+        if solver is not None:
+            problem = problem._replace(solver=solver)
+        weight = self._normalized_weight().to(u.dtype)
+        if torch.is_grad_enabled():
+            z, _, bound = _Equilibrium.apply(u, weight, problem)
+        else:
+            solution = problem.equilibrium(u, weight)
+            z, bound = solution.value, solution.bound
+        least, largest = z.chunk(2)
+        if problem.solver.stop == "certified":
+            # What the rounding of this line takes is four units in the last place.
+            shares = per_sample(bound + 4 * torch.finfo(z.dtype).eps, z).chunk(2)
+            least = (least * (1 - shares[0])).masked_fill(~(shares[0] < 1), 0.0)
+            largest = (largest * (1 + shares[1])).masked_fill(~shares[1].isfinite(), self.supremum)
+            largest = largest.clamp(max=self.supremum)
+        return least.reshape(lower.shape), largest.reshape(upper.shape)
 
     def extra_repr(self) -> str:
         return f"{self.direction.shape[0]}, activation={self.activation!r}, solver={self.solver!r}"

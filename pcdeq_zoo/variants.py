@@ -16,7 +16,7 @@ from pcdeq_zoo.solver import Stop
 
 __all__ = ["VARIANTS", "Recipe", "Variant", "check_setting", "setting"]
 
-_LIMITS = {"above": operator.gt, "at_least": operator.ge, "below": operator.lt}
+_LIMITS = {"above": operator.gt, "at_least": operator.ge, "below": operator.lt, "at_most": operator.le}
 
 
 def setting(meaning: str, default: Any = MISSING, **facts: Any) -> Any:
@@ -25,7 +25,7 @@ def setting(meaning: str, default: Any = MISSING, **facts: Any) -> Any:
     Args:
         meaning: One line, for `--help`.
         default: Without one it must be given.
-        facts: `above`, `at_least` and `below` limit a number; the rest is for whoever makes the command line.
+        facts: `above`, `at_least`, `below` and `at_most` limit a number; the rest is for whoever makes the flags.
     """
     return field(default=default, metadata={"meaning": meaning, **facts})
 
@@ -43,6 +43,9 @@ def check_setting(setting: Field[Any], value: Any) -> None:
 @dataclass(frozen=True)
 class Recipe:
     """How a network is trained: AdamW on all parameters, cross-entropy.
+
+    With `eps` also that of the worst logits that intervals leave possible for images near each one (interval bound
+    propagation, Gowal et al., ICCV 2019, https://arxiv.org/abs/1810.12715); see `pcdeq_zoo.forward_with_margins`.
 
     The learning rate is constant until it drops once, where `lr_decay_epoch` says when. Else it goes through one cycle:
     a cosine up from lr / 25 over the share `warmup` of the epochs, and another one down to zero.
@@ -64,6 +67,11 @@ class Recipe:
     ema_decay: float = setting("of the average of the weights that is saved; 0: none", 0.0, at_least=0, below=1)
     stop: Stop = setting("criterion of the solves, see `Solver`", "residual")
     tol: float = setting("tolerance of the solves", 1e-4, above=0)
+    eps: float = setting(
+        "change of all pixels, on the scale of [0, 1], to be robust to; 0: none", 0.0, at_least=0, below=1
+    )
+    eps_ramp: float = setting("share of the epochs in which eps rises from 0", 0.5, at_least=0, below=1)
+    eps_weight: float = setting("share of the loss that is of the worst logits near an image", 1.0, above=0, at_most=1)
 
     def __post_init__(self) -> None:
         for entry in fields(self):
@@ -76,6 +84,10 @@ class Recipe:
         """The same for another number of epochs; the decay moves along in proportion."""
         decay = self.lr_decay_epoch and max(1, round(self.lr_decay_epoch * epochs / self.epochs))
         return replace(self, epochs=epochs, lr_decay_epoch=decay)
+
+    def eps_after(self, passes: float) -> float:
+        """eps after so many passes over the training set."""
+        return self.eps * min(1.0, passes / (self.eps_ramp * self.epochs)) if self.eps_ramp else self.eps
 
     def learning_rate(self, passes: float) -> float:
         """Learning rate after so many passes over the training set, 0 ≤ passes ≤ epochs."""
@@ -100,7 +112,8 @@ class Variant:
         channels: Width of each pcDEQ layer.
         parameters: Number of trainable parameters.
         paper_accuracy: Published test accuracy in percent.
-        recipes: How it is trained, by the tag of its checkpoints: "paper" as in the paper's Tables 5-7, "zoo" ours.
+        recipes: How it is trained, by the tag of its checkpoints: "paper" as in the paper's Tables 5-7, "zoo" ours,
+            "robust_..." ours against changes of the pixels by that much.
         default_recipe: Tag of the default checkpoint: what did better on held-out training images where both were tried
             (see MODEL_CARD.md), else "paper".
     """
@@ -129,6 +142,7 @@ class _Size:
     lr_decay_epoch: int
     weight_decay: float
     zoo: Recipe
+    robust: dict[str, Recipe] = field(default_factory=dict)
     crop_padding: int = 0
     flip: bool = False
 
@@ -137,16 +151,22 @@ class _Size:
 # for L, which is trained in a minute: twice the epochs, and crops of digits moved by at most a pixel.
 _ZOO = Recipe(10, 1.2e-2, 0.05, batch_size=128, label_smoothing=0.1, stop="estimated", tol=1e-3)
 
+# Against changes of the pixels: no smoothing, which asks for small margins.
+_ROBUST = replace(_ZOO, lr=1e-2, weight_decay=0.0, label_smoothing=0.0)
+_L_ROBUST = {"robust_0.1": replace(_ROBUST, epochs=30, eps=0.1), "robust_0.3": replace(_ROBUST, epochs=30, eps=0.3)}
+_MC_ROBUST = {"robust_0.1": replace(_ROBUST, epochs=16, eps=0.1), "robust_0.3": replace(_ROBUST, epochs=16, eps=0.3)}
+_CIFAR_ROBUST = {"robust_8_255": replace(_ROBUST, epochs=16, eps=8 / 255, flip=True)}
+
 _MNIST, _SVHN, _CIFAR = DATASETS["mnist"], DATASETS["svhn"], DATASETS["cifar"]
 
 # Widths, parameters; epochs, epoch of the decay and weight decay in the paper; our recipe.
-_L_MNIST = _Size("l", _MNIST, (80,), 70_410, 40, 30, 0.02, replace(_ZOO, epochs=16, crop_padding=1))
+_L_MNIST = _Size("l", _MNIST, (80,), 70_410, 40, 30, 0.02, replace(_ZOO, epochs=16, crop_padding=1), _L_ROBUST)
 _SC_MNIST = _Size("sc", _MNIST, (82,), 69_136, 40, 30, 0.02, replace(_ZOO, epochs=8))
-_MC_MNIST = _Size("mc", _MNIST, (12, 24, 48), 41_278, 40, 30, 0.015, replace(_ZOO, epochs=8))
+_MC_MNIST = _Size("mc", _MNIST, (12, 24, 48), 41_278, 40, 30, 0.015, replace(_ZOO, epochs=8), _MC_ROBUST)
 _SC_SVHN = _Size("sc", _SVHN, (125,), 164_760, 80, 70, 0.02, replace(_ZOO, epochs=16))
 _MC_SVHN = _Size("mc", _SVHN, (20, 50, 80), 130_950, 50, 40, 0.015, _ZOO)
 _SC_CIFAR = _Size("sc", _CIFAR, (125,), 164_760, 80, 70, 0.02, replace(_ZOO, epochs=16))
-_MC_CIFAR = _Size("mc", _CIFAR, (20, 50, 80), 130_950, 50, 40, 0.015, _ZOO)
+_MC_CIFAR = _Size("mc", _CIFAR, (20, 50, 80), 130_950, 50, 40, 0.015, _ZOO, _CIFAR_ROBUST)
 _LARGE = _Size(
     "mc",
     _CIFAR,
@@ -219,7 +239,7 @@ VARIANTS: dict[str, Variant] = {
         channels=size.channels,
         parameters=size.parameters,
         paper_accuracy=accuracy,
-        recipes={"paper": _paper(size, lr), "zoo": size.zoo},
+        recipes={"paper": _paper(size, lr), "zoo": size.zoo, **size.robust},
         default_recipe=default_recipe,
     )
     for name, paper_name, size, activation, lr, accuracy, default_recipe in _NETWORKS

@@ -18,7 +18,7 @@ class Config:
     """What is not the recipe's."""
 
     model: str = setting("name in the zoo, e.g. pcdeq1_l_tanh_mnist", required=True)
-    recipe: Literal["paper", "zoo"] = setting("default: that of the model's default checkpoint")
+    recipe: str = setting("paper, zoo, ... (default: that of the model's default checkpoint)")
     output: Path = setting("folder of the run (default: runs/<model>.<recipe>)")
     data: str | None = setting("folder, 'sample' or 'hub' (default: below $PCDEQ_ZOO_DATA, else the Hub)", None)
     resume: str | None = setting(
@@ -56,6 +56,8 @@ def parse(description: str | None, arguments: Sequence[str] | None = None) -> tu
     if (model := given["model"]) not in VARIANTS:
         parser.error(f"unknown model {model}; the zoo has {', '.join(VARIANTS)}")
     tag = given.setdefault("recipe", VARIANTS[model].default_recipe)
+    if tag not in VARIANTS[model].recipes:
+        parser.error(f"{model} has no recipe {tag}; it has {', '.join(VARIANTS[model].recipes)}")
     given.setdefault("output", Path("runs") / f"{model}.{tag}")
     settings = {entry.name: given.pop(entry.name) for entry in fields(Recipe) if entry.name in given}
     recipe = VARIANTS[model].recipes[tag]

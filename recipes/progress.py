@@ -55,6 +55,7 @@ class Progress:
         return {
             "train_loss": round(sums["loss"] / sums["images"], 5),
             "train_top1": round(100 * sums["correct"] / sums["images"], 3),
+            **({"train_certified": round(_certified(sums), 3)} if "certified" in sums else {}),
             "evaluations": _evaluations(sums),
             "unconverged": int(sums["unconverged"]),
             "seconds": round(sums["seconds"], 1),
@@ -69,6 +70,7 @@ class Progress:
         return {
             "loss": f"{sums['loss'] / sums['images']:.4f}",
             "acc": f"{100 * sums['correct'] / sums['images']:.2f}",
+            **({"certified": f"{_certified(sums):.2f}"} if "certified" in sums else {}),
             **{direction: "/".join(values) for direction, values in numbers.items()},
         }
 
@@ -80,6 +82,11 @@ class Progress:
         """Go back to what `state_dict` gave."""
         self.epoch, self.step, self.updates = (int(state[key]) for key in ("epoch", "step", "updates"))
         self.sums = {key: float(value) for key, value in state["sums"].items()}
+
+
+def _certified(sums: dict[str, float]) -> float:
+    """Images that keep their label within the eps of their step, by intervals with solves taken for exact; percent."""
+    return 100 * sums["certified"] / sums["images"]
 
 
 def _evaluations(sums: dict[str, float]) -> dict[str, float]:

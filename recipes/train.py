@@ -50,10 +50,10 @@ from run_folder import (
     write_state,
 )
 from timm.utils import ModelEmaV3
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from pcdeq_zoo import DataError, PcDEQLinear, Recipe, WeightsError, record_solves
+from pcdeq_zoo import DataError, PcDEQLinear, Recipe, WeightsError, forward_with_margins, record_solves
 from pcdeq_zoo.data import load, normalize
 from pcdeq_zoo.files import replace_file, weights_bytes
 from pcdeq_zoo.state_dict import check_state_dict
@@ -114,6 +114,17 @@ def augment(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tenso
     return padded[sample[:, :, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
+class WithMargins(nn.Module):
+    """A model whose forward gives the bounds of margins, too, so that a wrapper around it sees all that is computed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, labels: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        return forward_with_margins(self.model, x, labels, eps)
+
+
 class Training:
     """One training: the model, its optimizer, the average of its weights, and how far it has come."""
 
@@ -133,7 +144,8 @@ class Training:
         # Copied before `prepare` changes the model's forward, and moved to where it moves the model.
         self.ema = ModelEmaV3(self.model, decay=recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
-        self.prepared, self.optimizer = accelerator.prepare(self.model, optimizer)
+        prepared = WithMargins(self.model) if recipe.eps else self.model
+        self.prepared, self.optimizer = accelerator.prepare(prepared, optimizer)
         if self.ema:
             self.ema.to(accelerator.device)
 
@@ -148,9 +160,10 @@ class Training:
             start = time.perf_counter()
             with self._bar(len(steps)) as bar:
                 while progress.step < len(steps):
+                    passes = progress.epoch - 1 + progress.step / len(steps)
                     for group in self.optimizer.param_groups:
-                        group["lr"] = self.recipe.learning_rate(progress.epoch - 1 + progress.step / len(steps))
-                    self.step(steps[progress.step])
+                        group["lr"] = self.recipe.learning_rate(passes)
+                    self.step(steps[progress.step], self.recipe.eps_after(passes))
                     progress.step += 1
                     bar.update()
                     if progress.step % 20 == 0:  # not more often: a GPU is waited for
@@ -179,7 +192,7 @@ class Training:
         steps = batches(len(self.images), size, self.least, self.config.seed, self.progress.epoch)
         return [step.to(self.images.device) for step in steps]
 
-    def step(self, indices: Tensor) -> None:
+    def step(self, indices: Tensor, eps: float) -> None:
         """One optimizer step on the images of all processes, as one process would do it."""
         accelerator, recipe, progress = self.accelerator, self.recipe, self.progress
         self.optimizer.zero_grad()
@@ -195,8 +208,7 @@ class Training:
             synchronize = nullcontext() if number == len(parts) else accelerator.no_sync(self.prepared)
             with record_solves(self.model) as solves, synchronize:
                 with accelerator.autocast():
-                    logits = self.prepared(x).float()
-                    loss = F.cross_entropy(logits, target, reduction="sum", label_smoothing=recipe.label_smoothing)
+                    logits, loss = self._loss(x, target, eps)
                 # DistributedDataParallel divides by the number of processes.
                 accelerator.backward(loss * (accelerator.num_processes / count))
             correct = (logits.argmax(1) == target).sum()
@@ -206,6 +218,20 @@ class Training:
         progress.updates += 1
         if self.ema:
             self.ema.update(self.model, progress.updates)
+
+    def _loss(self, x: Tensor, target: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """Logits of a batch, and its loss."""
+        recipe = self.recipe
+        outputs = self.prepared(x, target, eps) if recipe.eps else self.prepared(x)
+        logits, margins = outputs if recipe.eps else (outputs, None)
+        logits = logits.float()
+        loss = F.cross_entropy(logits, target, reduction="sum", label_smoothing=recipe.label_smoothing)
+        if margins is not None:
+            worst = F.cross_entropy(-margins.float(), target, reduction="sum")
+            loss = loss.lerp(worst, recipe.eps_weight)
+            kept = margins.scatter(1, target[:, None], math.inf).amin(1) > 0
+            self.progress.add(certified=kept.sum().double())
+        return logits, loss
 
     def _check_loss(self) -> None:
         if not math.isfinite(loss := self.progress.sums.get("loss", 0.0)):
@@ -380,6 +406,8 @@ def main() -> None:
     except ValueError as error:  # a setting in the environment or its config
         raise SystemExit(f"accelerate: {' '.join(str(error).split())}") from error
     check_launch(accelerator, config.processes)
+    if recipe.eps and accelerator.num_processes > 1:
+        raise SystemExit("a recipe with eps trains in one process: its bounds go by the statistics of one batch")
     if config.report_to and not accelerator.log_with:
         raise SystemExit(f"{config.report_to} is not installed: pip install {config.report_to}")
     if accelerator.device.type == "cuda":

@@ -1,0 +1,446 @@
+"""Bounds of whole nets: that nothing is outside of them, and nothing certified that can be changed."""
+
+import copy
+import math
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from oracles import every_layer, make, truth
+from torch import Tensor, nn
+
+from pcdeq_zoo import (
+    VARIANTS,
+    Box,
+    PcDEQConv2d,
+    PcDEQLinear,
+    Solver,
+    certify,
+    enclosure,
+    forward_with_margins,
+    interval_bounds,
+    pgd,
+    pixel_box,
+)
+from pcdeq_zoo.data import normalize
+from pcdeq_zoo.intervals import interval
+from pcdeq_zoo.relaxations import Functional, least, step_back
+
+METHODS = ("interval", "linear")
+PROVEN = Solver(stop="certified")
+
+
+def points(box: Box, count: int) -> Tensor:
+    """Points of a box, (N, count, ...): random ones, corners, and mixtures of both."""
+    shape = (len(box.lower), count, *box.lower.shape[1:])
+    share = torch.rand(shape, dtype=box.lower.dtype)
+    share[:, 1::3] = share[:, 1::3].round()
+    share[:, 2::3] = (3 * share[:, 2::3] - 1).clamp(0, 1)
+    share[:, 0], share[:, -1] = 0, 1
+    inside = box.lower[:, None] + share * (box.upper - box.lower)[:, None]
+    return torch.minimum(torch.maximum(inside, box.lower[:, None]), box.upper[:, None])
+
+
+def random_box(*shape: int, dtype: torch.dtype = torch.float32) -> Box:
+    lower = torch.randn(shape, dtype=dtype)
+    return Box(lower, lower + torch.rand(shape, dtype=dtype) * torch.randint(0, 3, shape))
+
+
+def holds(box: Box, outputs: Tensor) -> None:
+    """Outputs (N, count, ...), of exact arithmetic, are inside."""
+    assert (outputs >= box.lower[:, None]).all()
+    assert (outputs <= box.upper[:, None]).all()
+
+
+# --- one layer ---
+
+
+@every_layer
+@pytest.mark.parametrize("norm", [0.5, 8.0])
+def test_the_hull_of_a_layer_is_attained_at_its_ends_and_holds_what_is_between(kind: str, activation: str, norm: float):
+    layer, u = make(kind, activation, norm)
+    box = Box(u, u + torch.rand_like(u))
+    hull = Box(*layer.hull(*box))
+    for end, output in zip(box, hull, strict=True):
+        torch.testing.assert_close(output.flatten(1), truth(layer, end), rtol=1e-9, atol=1e-12)
+    inside = points(box, 200)
+    outputs = layer(inside.flatten(0, 1)).view_as(inside)
+    assert ((outputs >= hull.lower[:, None] - 1e-11) & (outputs <= hull.upper[:, None] + 1e-11)).all()
+
+
+@every_layer
+def test_a_certified_hull_in_float32_holds_the_rigorous_enclosure_of_both_ends(kind: str, activation: str):
+    layer, u = make(kind, activation, 5.0, torch.float32)
+    box = Box(u, u + torch.rand_like(u))
+    for solver in (PROVEN, Solver(stop="certified", tol=1e-2), Solver(stop="certified", max_evals=2)):
+        lower, upper = layer.hull(*box, Solver(solver.tol, solver.max_evals, "certified", "ignore"))
+        assert (lower <= enclosure(layer, box.lower).lower).all()
+        assert (upper >= enclosure(layer, box.upper).upper).all()
+
+
+def test_the_hull_of_a_solve_without_a_proof_says_nothing():
+    layer, u = make("conv", "relu6", 8.0, torch.float32)
+    lower, upper = layer.hull(u, u + 1, Solver(stop="certified", max_evals=2, on_failure="ignore"))
+    assert (lower == 0).all()
+    assert (upper == 6).all()
+
+
+@every_layer
+def test_the_gradient_of_a_hull_is_that_of_finite_differences(kind: str, activation: str):
+    layer, u = make(kind, activation, 2.0)
+    layer.direction.data.add_(0.05)  # W has a kink at 0
+    u = u[:1]
+    width = torch.rand_like(u).requires_grad_()
+    settings = Solver(tol=1e-13, max_evals=5000, stop="residual")
+
+    def ends(u: Tensor, width: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        return layer.hull(u, u + width, settings)
+
+    assert torch.autograd.gradcheck(ends, (u.requires_grad_(), width, *layer.parameters()), atol=1e-6)
+
+
+# --- one module ---
+
+MODULES = {
+    "convolution": (nn.Conv2d(2, 3, 3, padding=1), (2, 6, 5)),
+    "strided convolution": (nn.Conv2d(4, 6, 3, stride=2, padding=2, dilation=2, groups=2, bias=False), (4, 7, 7)),
+    "linear": (nn.Linear(12, 7), (12,)),
+    "batch norm": (nn.BatchNorm2d(3), (3, 4, 4)),
+    "batch norm without affine": (nn.BatchNorm1d(5, affine=False), (5,)),
+    "max pool": (nn.MaxPool2d(3, 1, 1), (2, 5, 6)),
+    "halving max pool": (nn.MaxPool2d(2), (2, 6, 6)),
+    "max pool with ceil": (nn.MaxPool2d(3, 2, ceil_mode=True), (2, 6, 6)),
+    "average pool": (nn.AvgPool2d(4, 2, 1), (2, 7, 7)),
+    "adaptive average pool": (nn.AdaptiveAvgPool2d(1), (3, 4, 5)),
+    "adaptive max pool": (nn.AdaptiveMaxPool2d(2), (3, 4, 5)),
+    "flatten": (nn.Flatten(), (3, 2, 2)),
+    "relu": (nn.ReLU(), (40,)),
+    "relu6": (nn.ReLU6(), (40,)),
+    "hardtanh": (nn.Hardtanh(), (40,)),
+    "softplus": (nn.Softplus(5), (40,)),
+    "tanh": (nn.Tanh(), (40,)),
+    "sigmoid": (nn.Sigmoid(), (40,)),
+    "softsign": (nn.Softsign(), (40,)),
+    **{f"linear pcDEQ {name}": (PcDEQLinear(12, name), (12,)) for name in ("relu6", "tanh", "softsign", "sigmoid")},
+    **{f"pcDEQ {name}": (PcDEQConv2d(2, name), (2, 5, 3)) for name in ("relu6", "tanh", "softsign", "sigmoid")},
+}
+
+
+@pytest.fixture(params=list(MODULES))
+def module_and_shape(request) -> tuple[nn.Module, tuple[int, ...]]:
+    module, shape = MODULES[request.param]
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(0, 2).sub_(0.5)
+        for buffer in (getattr(module, name, None) for name in ("running_mean", "running_var")):
+            if buffer is not None:
+                buffer.uniform_(0.1, 3)
+        if isinstance(module, PcDEQLinear | PcDEQConv2d):
+            weight = torch.rand_like(module.direction)
+            module.set_weight(2 * weight / weight.flatten(1).sum(1).mean())
+    return module.eval(), shape
+
+
+def exact(module: nn.Module, x: Tensor) -> Tensor:
+    """Outputs in float64 of points (N, count, ...), those of pcDEQ layers by Newton's method; (N, count, ...)."""
+    together = x.flatten(0, 1)
+    if isinstance(module, PcDEQLinear | PcDEQConv2d):
+        outputs = truth(module, together).view(together.shape)
+    else:
+        with torch.no_grad():
+            outputs = copy.deepcopy(module).double()(together.double())
+    return outputs.unflatten(0, x.shape[:2])
+
+
+def values(functional: Functional, y: Tensor) -> Tensor:
+    """Of functionals (N, R, ...) at points (N, count, ...), in float64: (N, R, count)."""
+    coefficients = functional.coefficients.double().flatten(2)
+    return torch.einsum("nrk,npk->nrp", coefficients, y.double().flatten(2)) + functional.constant[..., None]
+
+
+def test_bounds_of_a_module_hold_its_outputs_in_exact_arithmetic(module_and_shape):
+    module, shape = module_and_shape
+    box = random_box(3, *shape)
+    x = points(box, 300)
+    y = exact(module, x)
+    outputs = interval(module, box, PROVEN)
+    holds(outputs, y)
+    functional = Functional(torch.randn(3, 4, *outputs.lower.shape[1:]), torch.randn(3, 4, dtype=torch.float64))
+    back = step_back(module, functional, box, outputs)
+    assert back.coefficients.shape == (3, 4, *shape)
+    assert (values(back, x) <= values(functional, y)).all()
+    assert (least(back, box)[..., None] <= values(functional, y)).all()
+
+
+def test_bounds_hold_where_rounding_is_all_there_is():
+    """Sums of large terms that cancel, on boxes of one point, against float64."""
+    module = nn.Sequential(nn.Linear(400, 300), nn.BatchNorm1d(300), nn.Linear(300, 50)).eval()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(0, 30)
+    x = torch.randn(8, 400) * 100
+    box = Box(x, x)
+    for part in module:
+        box = interval(part, box)
+    y = exact(module, x[:, None])
+    holds(box, y)
+    assert ((box.upper - box.lower) < 1e-2 * y[:, 0].abs().amax()).all()
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_linear_bounds_of_a_layer_are_exact_at_both_ends_of_a_box(kind: str):
+    """Those from below: the chord of σ meets it at the arguments of both ends. Where the input map is the identity."""
+    layer, u = make(kind, "sigmoid", 3.0)
+    box = Box(u.abs(), u.abs() + torch.rand_like(u))
+    outputs = Box(*layer.hull(*box, Solver(stop="certified", tol=1e-9, max_evals=5000)))
+    functional = Functional(torch.rand(len(u), 3, *u.shape[1:]).double(), torch.zeros(len(u), 3).double())
+    back = step_back(layer, functional, box, outputs)
+    for end in box:
+        gap = values(functional, truth(layer, end)[:, None]) - values(back, end[:, None])
+        assert (gap >= 0).all()
+        assert (gap < 1e-5).all()
+    middle = (box.lower + box.upper) / 2
+    assert (values(functional, truth(layer, middle)[:, None]) - values(back, middle[:, None]) > 1e-4).all()
+
+
+# --- whole nets ---
+
+
+def net(name: str = "pcdeq1_l_tanh_mnist", **arguments) -> nn.Module:
+    return timm.create_model(name, pretrained=True, **arguments).eval()
+
+
+def noise(model: nn.Module, count: int) -> Tensor:
+    config = model.pretrained_cfg
+    mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("mean", "std"))
+    return (torch.rand(count, *config["input_size"]) - mean) / std
+
+
+@pytest.mark.parametrize("name", list(VARIANTS))
+def test_bounds_of_every_net_hold_its_outputs(name: str):
+    torch.manual_seed(1)
+    model = timm.create_model(name).eval()
+    x, eps = noise(model, 1), 0.004
+    logits = interval_bounds(model, x, eps)
+    inside = points(pixel_box(model, x, eps), 12)
+    with torch.no_grad():
+        outputs = model.double()(inside[0].double())[None]
+    holds(logits, outputs)
+    model.float()
+    margins = [certify(model, x, torch.tensor([3]), eps, method=method).margins for method in METHODS]
+    assert (margins[0] <= margins[1]).all()
+    assert (margins[1][:, None] <= outputs[:, :, 3, None] - outputs).all()
+    assert margins[1][0, 3] == 0
+
+
+@pytest.fixture(scope="module")
+def digits(request) -> tuple[Tensor, Tensor]:
+    images, labels = request.getfixturevalue("sample")
+    return normalize(images[:200], VARIANTS["pcdeq1_l_tanh_mnist"].dataset), labels[:200]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_certified_falls_to_an_attack(method: str, digits):
+    model, (x, y) = net(), digits
+    for eps in (0.005, 0.02):
+        certified = certify(model, x, y, eps, method=method).certified
+        found = [pgd(model, x, y, eps, steps=20, restarts=2), *corner_attacks(model, x, y, eps)]
+        with torch.no_grad():
+            for images in found:
+                assert (model(images).argmax(1) == y)[certified].all()
+        if method == "linear":
+            assert certified.float().mean() > 0.2
+
+
+def corner_attacks(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> list[Tensor]:
+    """Both ends of the ball, and the corners that linear bounds of the margins point to."""
+    box = pixel_box(model, x, eps)
+    modules = [*model.features, model.head.pool, model.head.drop]
+    boxes = [box]
+    for module in modules:
+        boxes.append(interval(module, boxes[-1], PROVEN))
+    weight = model.head.fc.weight.detach()
+    functional = Functional(weight[y][:, None] - weight, torch.zeros(len(x), 10).double())
+    for index in reversed(range(len(modules))):
+        functional = step_back(modules[index], functional, boxes[index], boxes[index + 1])
+    corners = torch.where(functional.coefficients > 0, box.lower[:, None], box.upper[:, None])
+    return [*box, *corners.unbind(1)]
+
+
+def test_linear_bounds_certify_more_and_all_certify_less_as_eps_grows(digits):
+    model, (x, y) = net(), digits
+    before = {method: torch.ones(len(x), dtype=torch.bool) for method in METHODS}
+    for eps in (0.0, 0.003, 0.01, 0.03):
+        now = {method: certify(model, x, y, eps, method=method).certified for method in METHODS}
+        assert (now["interval"] <= now["linear"]).all()
+        for method in METHODS:
+            assert (now[method] <= before[method]).all()
+        before = now
+    assert not before["interval"].any()
+    with torch.no_grad():
+        right = model(x).argmax(1) == y
+    alone = certify(model, x, y, 0.0).certified
+    assert (alone <= right).all()
+    assert (right & ~alone).sum() <= 2  # margins below what the solves leave open
+
+
+def test_clipped_balls_are_smaller_and_the_pixel_range_is_that_of_the_data_set(digits):
+    model, (x, y) = net(), digits
+    clipped, whole = (certify(model, x, y, 0.01, method="interval", clip=clip) for clip in (True, False))
+    assert (whole.margin <= clipped.margin).all()
+    assert whole.certified.sum() < clipped.certified.sum()
+    box = pixel_box(model, x, 0.1)
+    assert -1e-5 < box.lower.min() <= 0
+    assert 1 <= box.upper.max() < 1 + 1e-5
+    cifar = timm.create_model("pcdeq1_mc_tanh_cifar")
+    image = torch.zeros(1, 3, 32, 32)  # a grey that is the mean of each channel
+    box = pixel_box(cifar, image, 0.1)
+    std = torch.tensor(cifar.pretrained_cfg["std"])
+    torch.testing.assert_close(box.upper[0, :, 0, 0], 0.1 / std, rtol=1e-5, atol=0)
+
+
+def planted(distance: float) -> nn.Sequential:
+    """A net of one pixel whose label flips where the pixel has grown by `distance` from 0.3: found by bisection."""
+    layer = PcDEQLinear(1, "tanh")
+    layer.set_weight(torch.tensor([[2.5]]))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(1, 1), layer, nn.Linear(1, 2)).eval()
+    with torch.no_grad():
+        for parameter, value in ((model[1].weight, 2.0), (model[1].bias, -1.0)):
+            parameter.fill_(value)
+        flip = truth(layer, model[1](torch.tensor([[0.3 + distance]])))
+        model[3].weight.copy_(torch.tensor([[-1.0], [1.0]]))
+        model[3].bias.copy_(torch.tensor([flip.item(), -flip.item()]))
+    return model
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("distance", [0.001, 0.05, 0.4])
+def test_a_planted_counterexample_is_never_certified_past_and_nearly_up_to(method: str, distance: float):
+    model, x, y = planted(distance), torch.full((1, 1, 1, 1), 0.3), torch.tensor([0])
+    assert not certify(model, x, y, distance * 1.00001 + 1e-6, method=method).certified
+    assert distance < 0.01 or certify(model, x, y, distance * 0.95, method=method).certified
+
+
+def test_these_tests_see_a_bound_that_is_too_small(monkeypatch, digits):
+    whole = PcDEQLinear.hull
+
+    def shrunken(self, *args) -> tuple[Tensor, Tensor]:
+        lower, upper = whole(self, *args)
+        return lower + 0.02 * (upper - lower), upper - 0.02 * (upper - lower)
+
+    monkeypatch.setattr(PcDEQLinear, "hull", shrunken)
+    with pytest.raises(AssertionError):
+        test_a_planted_counterexample_is_never_certified_past_and_nearly_up_to("interval", 0.4)
+    model, (x, _) = net(), digits
+    logits = interval_bounds(model, x[:1], 0.01)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(logits.lower, interval_bounds(model.double(), x[:1].double(), 0.01).lower.float())
+
+
+def test_solves_without_a_proof_certify_nothing(monkeypatch, digits):
+    model, (x, y) = net(), digits
+    assert certify(model, x, y, 0.001).certified.any()
+    monkeypatch.setattr("pcdeq_zoo.robustness._PROVEN", Solver(stop="certified", max_evals=2, on_failure="ignore"))
+    for method in METHODS:
+        assert not certify(model, x, y, 0.001, method=method).certified.any()
+    assert interval_bounds(model, x, 0.001).lower.isfinite().all()
+
+
+# --- to train with ---
+
+
+@pytest.mark.parametrize("name", ["pcdeq1_l_tanh_mnist", "pcdeq2_l_sigmoid_mnist"])
+def test_the_gradient_of_bounds_is_that_of_finite_differences(name: str):
+    exactly = {"stop": "residual", "tol": 1e-13, "max_evals": 2000}
+    model = timm.create_model(name, img_size=3, channels=(4,), num_classes=3, **exactly).double()
+    with torch.no_grad():
+        model.features.deq1.magnitude.uniform_(0.5, 1.5)
+        model.features.deq1.direction.uniform_(0.5, 1.5)
+    x, y = torch.rand(5, 1, 3, 3).double(), torch.tensor([0, 1, 2, 0, 1])
+    parameters = dict(model.named_parameters())
+    direction = {key: torch.randn_like(value) for key, value in parameters.items()}
+
+    def loss(step: float) -> Tensor:
+        with torch.no_grad():
+            for key, value in parameters.items():
+                value.add_(direction[key], alpha=step)
+        logits, margins = forward_with_margins(model, x, y, 0.05)
+        return F.cross_entropy(-margins, y) + F.cross_entropy(logits, y)
+
+    model.train()
+    gradients = torch.autograd.grad(loss(0.0), list(parameters.values()))
+    slope = sum((g * direction[key]).sum() for key, g in zip(parameters, gradients, strict=True))
+    h = 1e-6
+    with torch.no_grad():
+        differences = (loss(h) - loss(-2 * h)) / (2 * h)
+    torch.testing.assert_close(slope, differences, rtol=1e-6, atol=1e-8)
+
+
+def test_bounds_to_train_with_are_those_that_are_proven_but_for_their_proof(digits):
+    model, (x, y) = net(stop="residual", tol=1e-6), digits
+    logits, margins = forward_with_margins(model, x, y, 0.01)
+    torch.testing.assert_close(logits, model(x))
+    proven = certify(model, x, y, 0.01, method="interval").margins
+    assert (proven <= margins.double()).all()
+    torch.testing.assert_close(proven.float(), margins, rtol=0.02, atol=0.3)
+    model.zero_grad()
+    interval_bounds(model, x, 0.01).lower.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_batch_norm_goes_by_the_images_and_remembers_them(digits):
+    x, y = digits[0].double(), digits[1]
+    model, expected = (net(stop="residual", tol=1e-10).double().train() for _ in range(2))
+    before = model.features.prenorm1.running_mean.clone()
+    _, margins = forward_with_margins(model, x, y, 0.0)
+    logits = expected(x)
+    assert not torch.equal(model.features.prenorm1.running_mean, before)
+    torch.testing.assert_close(model.features.prenorm1.running_mean, expected.features.prenorm1.running_mean)
+    torch.testing.assert_close(margins, logits.gather(1, y[:, None]) - logits, rtol=1e-6, atol=1e-6)
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"eps": -0.1}, ValueError, "eps is the largest change"),
+        ({"eps": math.nan}, ValueError, "eps is the largest change"),
+        ({"eps": 8}, ValueError, "eps is the largest change"),
+        ({"labels": torch.tensor([0, 10])}, ValueError, "labels must be from 0 to 9, got 0 to 10"),
+        ({"labels": torch.tensor([-1, 0])}, ValueError, "labels must be from 0 to 9"),
+        ({"labels": torch.tensor([0])}, ValueError, r"labels must be integers, shape \(2,\)"),
+        ({"labels": torch.tensor([0.0, 1.0])}, ValueError, "labels must be integers"),
+        ({"images": torch.full((2, 1, 28, 28), math.nan)}, ValueError, "NaN or infinite pixels"),
+        ({"images": torch.full((2, 1, 28, 28), 128.0)}, ValueError, r"outside of \[0, 1\]"),
+        ({"images": torch.zeros(2, 1, 28, 28, dtype=torch.uint8)}, ValueError, "float32 or float64"),
+        ({"images": torch.zeros(2, 28, 28)}, ValueError, r"must be \(N, C, H, W\)"),
+        ({"images": torch.zeros(2, 1, 28, 28).double()}, TypeError, "one dtype and device"),
+        ({"method": "crown"}, ValueError, "method must be one of interval, linear"),
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
+        (
+            {"model": nn.Sequential(nn.Flatten(), nn.GELU(), nn.Linear(784, 10)).eval()},
+            TypeError,
+            "no bounds of 1, GELU",
+        ),
+        ({"model": nn.Sequential(nn.Flatten(), nn.ReLU()).eval()}, TypeError, "must end in nn.Linear"),
+        ({"model": timm.create_model("pcdeq1_l_tanh_mnist")}, RuntimeError, "call model.eval()"),
+    ],
+)
+def test_bad_input_is_told_in_one_line(change: dict, error: type[Exception], message: str):
+    arguments = {
+        "model": timm.create_model("pcdeq1_l_tanh_mnist").eval(),
+        "images": torch.zeros(2, 1, 28, 28),
+        "labels": torch.tensor([0, 1]),
+        "eps": 0.1,
+        **change,
+    }
+    with pytest.raises(error, match=message):
+        certify(**arguments)
+
+
+def test_no_images_are_no_trouble():
+    found = certify(net(), torch.zeros(0, 1, 28, 28), torch.zeros(0, dtype=torch.long), 0.1)
+    assert found.certified.shape == (0,)

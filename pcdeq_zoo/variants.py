@@ -45,7 +45,8 @@ class Recipe:
     """How a network is trained: AdamW on all parameters, cross-entropy.
 
     With `eps` also that of the worst logits that intervals leave possible for images near each one (interval bound
-    propagation, Gowal et al., ICCV 2019, https://arxiv.org/abs/1810.12715); see `pcdeq_zoo.forward_with_margins`.
+    propagation, Gowal et al., ICCV 2019, https://arxiv.org/abs/1810.12715); see `pcdeq_zoo.forward_with_margins`. Their
+    share of the loss rises with eps.
 
     The learning rate is constant until it drops once, where `lr_decay_epoch` says when. Else it goes through one cycle:
     a cosine up from lr / 25 over the share `warmup` of the epochs, and another one down to zero.
@@ -71,7 +72,7 @@ class Recipe:
         "change of all pixels, on the scale of [0, 1], to be robust to; 0: none", 0.0, at_least=0, below=1
     )
     eps_ramp: float = setting("share of the epochs in which eps rises from 0", 0.5, at_least=0, below=1)
-    eps_weight: float = setting("share of the loss that is of the worst logits near an image", 1.0, above=0, at_most=1)
+    eps_weight: float = setting("share of the loss that is in the end of the worst logits", 1.0, above=0, at_most=1)
 
     def __post_init__(self) -> None:
         for entry in fields(self):
@@ -86,8 +87,8 @@ class Recipe:
         return replace(self, epochs=epochs, lr_decay_epoch=decay)
 
     def eps_after(self, passes: float) -> float:
-        """eps after so many passes over the training set."""
-        return self.eps * min(1.0, passes / (self.eps_ramp * self.epochs)) if self.eps_ramp else self.eps
+        """eps after so many passes over the training set: it rises with their square, as bounds explode at the start."""
+        return self.eps * min(1.0, passes / (self.eps_ramp * self.epochs)) ** 2 if self.eps_ramp else self.eps
 
     def learning_rate(self, passes: float) -> float:
         """Learning rate after so many passes over the training set, 0 ≤ passes ≤ epochs."""

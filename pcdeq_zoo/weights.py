@@ -76,6 +76,12 @@ RESULT_COLUMNS = (
     "evals_layers",  # the same mean layer by layer, "5.9/8.1/12.4"
     "evals_max",
     "bound_max",  # largest proven relative error of a unit
+    "eps",  # of the nets that were trained for it: change of each pixel, of [0, 1], that what follows is for
+    "pgd",  # accuracy under projected gradient descent
+    "certified_interval",  # share of images whose label is proven for all changed ones, pixels clipped to [0, 1]
+    "certified_linear",
+    "unclipped_interval",  # the same where pixels may leave [0, 1]
+    "unclipped_linear",
     "commit",  # of the training code
     "hardware",  # that trained it
     "hours",  # of training

@@ -3,6 +3,7 @@
     accelerate launch recipes/evaluate.py --model pcdeq1_l_tanh_mnist
     accelerate launch recipes/evaluate.py --model hf-hub:NAMESPACE/pcdeq1_l_tanh_mnist.paper
     accelerate launch recipes/evaluate.py --model pcdeq1_l_tanh_mnist --checkpoint model.safetensors --data sample
+    accelerate launch recipes/evaluate.py --model pcdeq1_l_tanh_mnist.robust_0.1 --eps 0.1
     accelerate launch recipes/evaluate.py --run runs/pcdeq1_l_tanh_mnist.paper
 
 Prints what it measures as JSON. With --run it measures the weights of a run of train.py, and writes the run's
@@ -18,7 +19,7 @@ import os
 import sys
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import timm
 import torch
@@ -28,8 +29,9 @@ from run_folder import read_record
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pcdeq_zoo import VARIANTS, DataError, Dataset, WeightsError, record_solves
+from pcdeq_zoo import VARIANTS, DataError, Dataset, Solver, WeightsError, certify, pgd, record_solves
 from pcdeq_zoo.data import load, normalize
+from pcdeq_zoo.robustness import Method
 from pcdeq_zoo.weights import RESULT_COLUMNS, checkpoints, sha256, write_rows
 
 
@@ -83,6 +85,46 @@ def evaluate(
     }
 
 
+def evaluate_robustness(
+    model: nn.Module,
+    dataset: Dataset,
+    images: Tensor,
+    labels: Tensor,
+    eps: float,
+    batch_size: int = 100,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Accuracy for images whose pixels change by up to eps, as `evaluate` has it for those as they are.
+
+    Returns:
+        eps; in percent of all images: pgd, those that 5 x 50 steps of `pcdeq_zoo.pgd` leave right, and those that are
+        proven to keep their right label, by both methods of `pcdeq_zoo.certify`: certified_interval, certified_linear,
+        and unclipped_interval, unclipped_linear for pixels that may leave [0, 1].
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    totals = dict.fromkeys(("pgd", *(f"{box}_{method}" for box in _BOXES for method in get_args(Method))), 0)
+    generator = torch.Generator().manual_seed(0)
+    for start in tqdm(range(0, len(images), batch_size), desc="robustness", leave=False, disable=not progress):
+        x = normalize(images[start : start + batch_size].to(device), dataset)
+        y = labels[start : start + batch_size].to(device)
+        proven = torch.zeros(len(x), dtype=torch.bool, device=device)
+        for box, clip in _BOXES.items():
+            for method in get_args(Method):
+                certified = certify(model, x, y, eps, method=method, clip=clip, progress=False).certified
+                totals[f"{box}_{method}"] += int(certified.sum())
+                proven |= certified
+        # What is proven cannot fall.
+        left = ~proven
+        adversarial = pgd(model, x[left], y[left], eps, steps=50, restarts=5, generator=generator)
+        with torch.no_grad():
+            totals["pgd"] += int(proven.sum() + (model(adversarial).argmax(1) == y[left]).sum())
+    return {"eps": eps, **{key: round(100 * total / len(images), 4) for key, total in totals.items()}}
+
+
+_BOXES = {"certified": True, "unclipped": False}  # and whether pixels are clipped
+
+
 def calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> float:
     """Expected calibration error of confidences (N,) in (0, 1] and whether they were right (N,)."""
     index = (confidence * bins).ceil().long().clamp(1, bins) - 1
@@ -122,6 +164,9 @@ def measure_run(run: Path, data: str | None, device: torch.device) -> dict[str, 
     model.to(device)
     images, labels = load(variant.dataset, split, data)
     measured = evaluate(model, variant.dataset, images[part], labels[part])
+    if eps := settings["recipe"].get("eps"):
+        model.solver = Solver()
+        measured |= evaluate_robustness(model, variant.dataset, images[part], labels[part], eps)
     row = results_row(model, measured, known)
     write_rows(run / ("held_out.csv" if held_out else "results.csv"), [row])
     return row
@@ -184,6 +229,9 @@ def main() -> None:
     )
     parser.add_argument("--data", help="folder, 'sample' or 'hub' (default: below $PCDEQ_ZOO_DATA, else the Hub)")
     parser.add_argument("--batch-size", type=int, default=500)
+    parser.add_argument(
+        "--eps", type=float, help="measure robustness, too, against changes of each pixel by so much, of [0, 1]"
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the results row to this CSV file")
     args = parser.parse_args()
     if args.model is not None and not args.model.startswith(("hf-hub:", "local-dir:")):
@@ -194,8 +242,10 @@ def main() -> None:
             parser.error(f"no weights of {args.model} ship; there are {', '.join(checkpoints())}")
     if args.batch_size < 1:
         parser.error(f"--batch-size must be above 0, got {args.batch_size}")
-    if args.run and (args.checkpoint or args.output):
-        parser.error("--checkpoint and --output go with --model")
+    if args.eps is not None and not 0 < args.eps <= 1:
+        parser.error(f"--eps must be above 0 and at most 1, got {args.eps}")
+    if args.run and (args.checkpoint or args.output or args.eps):
+        parser.error("--checkpoint, --eps and --output go with --model")
     if args.output and (reason := _why_not(args.output)):
         parser.error(f"--output {args.output}: {reason}")
 
@@ -218,6 +268,9 @@ def main() -> None:
             images, labels = load(dataset, "test", args.data)
             model.to(accelerator.device)
             measured = evaluate(model, dataset, images, labels, args.batch_size, progress=True)
+            if args.eps:
+                model.solver = Solver()
+                measured |= evaluate_robustness(model, dataset, images, labels, args.eps, progress=True)
             if args.output:
                 # How it was trained is copied only if these are, to the byte, weights that ship.
                 digest = sha256(Path(model.pretrained_cfg["file"]))

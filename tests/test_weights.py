@@ -1,6 +1,5 @@
 """The checkpoints: what is claimed of them, where they load, and what becomes of files that are not right."""
 
-import dataclasses
 import json
 import math
 import os
@@ -19,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from timm.models._hub import save_for_hf
 
 import pcdeq_zoo
-from pcdeq_zoo import DATASETS, VARIANTS, WeightsError
+from pcdeq_zoo import DATASETS, VARIANTS, Recipe, WeightsError
 from pcdeq_zoo.weights import CHECKPOINTS, Checkpoint, checkpoints, sha256
 from tools.ship import LOGITS, RUNS, example_logits, log_of, runs
 
@@ -75,7 +74,7 @@ def test_row_log_and_settings_of_a_run_belong_together(run: Checkpoint):
     assert [line["epoch"] for line in log] == list(range(1, int(run.row["epochs"]) + 1))
     assert round(sum(line["seconds"] for line in log) / 3600, 2) == float(run.row["hours"])
     settings = json.loads((RUNS / f"{run.name}.seed{run.seed}.json").read_text())
-    assert settings["recipe"] == dataclasses.asdict(run.variant.recipes[run.tag])  # cards and tables are made from it
+    assert Recipe(**settings["recipe"]) == run.variant.recipes[run.tag]  # cards and tables are made from it
     assert (settings["model"], settings["tag"], settings["seed"]) == (run.variant.name, run.tag, run.seed)
     assert settings["commit"] == run.row["commit"]
 

@@ -32,7 +32,7 @@ from timm.models import PretrainedCfg, load_state_dict
 from pcdeq_zoo._version import __version__
 from pcdeq_zoo.files import replace_file
 from pcdeq_zoo.state_dict import WeightsError
-from pcdeq_zoo.variants import VARIANTS, Variant
+from pcdeq_zoo.variants import VARIANTS, Recipe, Variant
 
 __all__ = [
     "CHECKPOINTS",
@@ -108,6 +108,11 @@ class Checkpoint:
     def name(self) -> str:
         """Name for `timm.create_model`, e.g. "pcdeq1_l_tanh_mnist.paper"."""
         return f"{self.variant.name}.{self.tag}"
+
+    @property
+    def recipe(self) -> Recipe:
+        """How it was trained."""
+        return self.variant.recipes[self.tag]
 
     @property
     def seed(self) -> int:

@@ -60,7 +60,7 @@ from pcdeq_zoo.state_dict import check_state_dict
 from pcdeq_zoo.weights import read_rows, sha256
 
 
-def training_images(config: Config, batch_size: int, processes: int) -> tuple[Tensor, Tensor]:
+def training_images(config: Config, recipe: Recipe, processes: int) -> tuple[Tensor, Tensor]:
     """What a run trains on: uint8 images (N, C, H, W) and labels (N,).
 
     Raises:
@@ -72,15 +72,18 @@ def training_images(config: Config, batch_size: int, processes: int) -> tuple[Te
             load(config.variant.dataset, "test", config.data)  # to hear now, not after the training, that there is none
     except DataError as error:
         raise SystemExit(f"no data: {error}") from error
+    if recipe.images and recipe.images > len(images):
+        raise SystemExit(f"this recipe takes {recipe.images} training images, and there are {len(images)}")
+    images, labels = images[: recipe.images], labels[: recipe.images]
     if config.hold_out:
         if config.hold_out >= len(images):
             raise SystemExit(f"--hold-out {config.hold_out} leaves nothing of {len(images)} training images")
         images, labels = images[: -config.hold_out], labels[: -config.hold_out]
     images, labels = images[: config.limit_train], labels[: config.limit_train]
-    if min(batch_size, len(images)) < (least := max(2, processes)):
+    if min(recipe.batch_size, len(images)) < (least := max(2, processes)):
         raise SystemExit(
             f"a batch needs {least} images, one per process and two for BatchNorm; "
-            f"got --batch-size {batch_size} and {len(images)} images"
+            f"got --batch-size {recipe.batch_size} and {len(images)} images"
         )
     return images, labels
 
@@ -413,7 +416,7 @@ def main() -> None:
     if accelerator.device.type == "cuda":
         torch.use_deterministic_algorithms(True, warn_only=True)
 
-    images, labels = training_images(config, recipe.batch_size, accelerator.num_processes)
+    images, labels = training_images(config, recipe, accelerator.num_processes)
     settings = settings_of(config, recipe, accelerator, len(images))
     check_folder(output, settings, config.resume)
     accelerator.wait_for_everyone()  # all have looked, before the first creates what they looked for
@@ -426,7 +429,8 @@ def main() -> None:
             if accelerator.is_main_process and not (output / "run.json").exists():
                 replace_file(output / "run.json", json.dumps(settings, indent=1) + "\n")
             accelerator.print(
-                f"{config.model} on {len(images)} images, {accelerator.num_processes} x {accelerator.device}: {recipe}"
+                f"{config.model} on {len(images)} of the {config.variant.dataset.sizes['train']} training images, "
+                f"{accelerator.num_processes} x {accelerator.device}: {recipe}"
             )
             training.resume(newest_state(output) if config.resume in (None, "latest") else Path(config.resume))
             training.run()

@@ -26,7 +26,7 @@ from pcdeq_zoo.weights import Checkpoint, checkpoints
 from tools.ship import log_of, runs
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "MODEL_CARD.md", "docs/solver.md", "docs/report.md")
+DOCUMENTS = ("README.md", "MODEL_CARD.md", "docs/solver.md", "docs/report.md", "docs/robustness.md")
 FIGURES = ROOT / "docs" / "figures"
 
 # Published test accuracies of other methods, from Tables 1-3 of https://arxiv.org/abs/2402.04029. They are those of
@@ -65,10 +65,15 @@ def models() -> str:
     lines = ["| Model | Data | Parameters | Paper, % | Checkpoint, % |", "|---|---|--:|--:|--:|"]
     for variant in VARIANTS.values():
         default = shipped.get(f"{variant.name}.{variant.default_recipe}")
-        ours = f"{default.top1:.2f}" if default else "–"
+        ours = f"{default.top1:.2f}{_remark(default)}" if default else "–"
         cells = f"`{variant.name}`", variant.dataset.title, f"{variant.parameters:,}", f"{variant.paper_accuracy}", ours
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _remark(checkpoint: Checkpoint) -> str:
+    images = checkpoint.recipe.images
+    return f" (trained on the first {images:,} images only)" if images else ""
 
 
 def measured() -> str:
@@ -79,31 +84,49 @@ def measured() -> str:
     ]
     for name, checkpoint in checkpoints().items():
         row = checkpoint.row
+        top1 = f"{checkpoint.top1:.2f}{_remark(checkpoint)}"
         lines.append(
-            f"| `{name}` | {checkpoint.top1:.2f} | {row['paper_top1']} | {row['nll']} | {int(row['n']):,} "
-            f"| {row['epochs']} | {row['seed']} | {row['evals_mean']} ({row['evals_max']}) |"
+            f"| `{name}` | {top1} | {row['paper_top1']} | {row['nll']} | {int(row['n']):,} | {row['epochs']} "
+            f"| {row['seed']} | {row['evals_mean']} ({row['evals_max']}) |"
         )
     return "\n".join(lines)
 
 
 def paper_table(dataset: str) -> str:
     """Table 1, 2 or 3 of the paper, with our runs beside it: mean ± standard deviation over seeds."""
-    lines = [
-        "| Method | Parameters | Paper, % | Ours, `paper` recipe, % | Ours, `zoo` recipe, % |",
-        "|---|--:|--:|--:|--:|",
+    recipes = {"paper": "Ours, `paper` recipe, %", "zoo": "Ours, `zoo` recipe, %"}
+    if dataset == "svhn":
+        recipes["zoo4434"] = "Ours, trained on the first 4,434 images only, %"
+    columns = ["Method", "Parameters", "Paper, %", *recipes.values()]
+    lines = [f"| {' | '.join(columns)} |", "|---" + "|--:" * (len(columns) - 1) + "|"]
+    lines += [
+        f"| {method} | {size} | {accuracy:.1f} {'| ' * len(recipes)}|" for method, size, accuracy in OTHERS[dataset]
     ]
-    lines += [f"| {method} | {size} | {accuracy:.1f} | | |" for method, size, accuracy in OTHERS[dataset]]
     recorded = runs()
     for variant in VARIANTS.values():
         if variant.dataset.name != dataset:
             continue
         cells = [variant.paper_name, f"{variant.parameters:,}", f"{variant.paper_accuracy:.1f}"]
-        for tag in ("paper", "zoo"):
+        for tag in recipes:
             found = [run.top1 for run in recorded if run.variant is variant and run.tag == tag]
             spread = f" ± {statistics.stdev(found):.2f}" if len(found) > 1 else ""
             count = f" ({len(found)} runs)" if len(found) > 1 else " (1 run)"
             cells.append(f"{statistics.mean(found):.2f}{spread}{count}" if found else "–")
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def robust() -> str:
+    """What is proven of each checkpoint that was trained for it, beside attacks and the images as they are."""
+    columns = "Checkpoint|Parameters|Epochs|ε|Clean, %|PGD, %|Linear, %|Intervals, %|Linear, not clipped, %|Hours"
+    lines = [f"|{columns}|", "|---" + "|--:" * columns.count("|") + "|"]
+    for name, checkpoint in checkpoints().items():
+        row = checkpoint.row
+        if row["eps"]:
+            shares = ("top1", "pgd", "certified_linear", "certified_interval", "unclipped_linear")
+            cells = [f"`{name}`", f"{checkpoint.variant.parameters:,}", row["epochs"], f"{float(row['eps']):.4g}"]
+            cells += [f"{float(row[share]):.2f}" for share in shares]
+            lines.append(f"| {' | '.join([*cells, row['hours']])} |")
     return "\n".join(lines)
 
 
@@ -215,6 +238,7 @@ TABLES = {
     "models": models,
     "checkpoints": measured,
     **{f"table-{number}": partial(paper_table, dataset) for dataset, number in _NUMBERS.items()},
+    "robust": robust,
     "figures": gallery,
     "benchmark-summary": lambda: benchmark.summary(measurements()),
     "benchmark-speed": lambda: benchmark.speed(measurements()),

@@ -72,7 +72,7 @@ def ship(folder: Path) -> str:
     settings = json.loads(record.read_text("utf-8"))
     wanted = {
         "recipe": dataclasses.asdict(variant.recipes[run.tag]),
-        "images": variant.dataset.sizes["train"],
+        "images": variant.recipes[run.tag].images or variant.dataset.sizes["train"],
         "grad_accum": 1,
         "mixed_precision": "no",
         "hold_out": None,

@@ -1,5 +1,6 @@
 """Training: what a run leaves, that it can be repeated and killed, and what it refuses."""
 
+import dataclasses
 import functools
 import io
 import json
@@ -19,6 +20,7 @@ import pytest
 import timm
 import torch
 import train
+from config import Config
 from PIL import Image
 from recipe_runs import NAME, ROOT, SHORT, command, launch, log_of, row_of
 from safetensors.torch import load_file
@@ -201,14 +203,43 @@ def test_a_small_set_in_the_layout_of_svhn(tmp_path):
             Image.fromarray(pixels).save(stream, "PNG")
             rows.append({"image": {"bytes": stream.getvalue(), "path": None}, "label": index % 10})
         pq.write_table(pa.Table.from_pylist(rows), folder / f"{split}-00000-of-00001.parquet")
-    arguments = f"recipes/train.py --model pcdeq1_mc_softsign_svhn --data {folder} --epochs 1"
+    arguments = f"recipes/train.py --model pcdeq1_mc_softsign_svhn --recipe paper --data {folder} --epochs 1"
     done = launch(f"{arguments} --output {tmp_path / 'run'} --report-to tensorboard --mixed-precision bf16")
     assert done.returncode == 0, done.stderr
-    assert "on 160 images" in done.stdout
+    assert "on 160 of the 73257 training images" in done.stdout
     assert re.search(r"accuracy \d+\.\d\d % on 40 test images", done.stdout)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["mixed_precision"] == "bf16"
     assert (tmp_path / "run" / "results.csv").exists()
     assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+
+
+def test_a_robust_recipe_trains_for_what_it_measures(tmp_path, here):
+    model, run = "pcdeq1_l_tanh_mnist", tmp_path / "run"
+    here(train.main, f"--model {model} --recipe robust_0.1 --data sample --epochs 6 --output {run}")
+    log, row = log_of(run), row_of(run).row
+    assert all(0 <= line["train_certified"] <= line["train_top1"] <= 100 for line in log)
+    assert log[-1]["train_certified"] > 20
+    assert (row["model"], row["eps"]) == (f"{model}.robust_0.1", "0.1")
+    shares = ("unclipped_interval", "certified_interval", "certified_linear", "pgd", "top1")
+    assert sorted(shares, key=lambda share: float(row[share])) == list(shares)
+    assert 10 < float(row["certified_interval"]) < float(row["pgd"])
+    file = run / "model.safetensors"
+    printed = here(evaluate.main, f"--model {model} --data sample --eps 0.1 --checkpoint {file}")
+    measured = json.loads(printed)
+    assert all(str(measured[share]) == row[share] for share in shares)
+
+
+def test_a_recipe_of_the_first_images_takes_these_alone(tmp_path, refuse, monkeypatch):
+    recipe = VARIANTS["pcdeq1_mc_tanh_svhn"].recipes["zoo4434"]
+    images, labels = torch.zeros(5000, 3, 32, 32, dtype=torch.uint8), torch.arange(5000) % 10
+    monkeypatch.setattr(train, "load", lambda *_: (images, labels))
+    config = Config("pcdeq1_mc_tanh_svhn", "zoo4434", tmp_path)
+    assert torch.equal(train.training_images(config, recipe, 1)[1], labels[:4434])
+    held_out = dataclasses.replace(config, hold_out=434)
+    assert torch.equal(train.training_images(held_out, recipe, 1)[1], labels[:4000])
+    monkeypatch.setattr(train, "load", lambda *_: (images[:4433], labels[:4433]))
+    line = refuse(train.main, f"--model pcdeq1_mc_tanh_svhn --output {tmp_path / 'run'}")
+    assert line == "this recipe takes 4434 training images, and there are 4433"
 
 
 def test_what_is_held_out(tmp_path, monkeypatch, capsys):
@@ -218,7 +249,7 @@ def test_what_is_held_out(tmp_path, monkeypatch, capsys):
     sys.argv += ["--hold-out", "1000", "--limit-train", "500"]
     train.main()
     out = capsys.readouterr().out
-    assert "on 500 images" in out
+    assert "on 500 of the 60000 training images" in out
     assert "on 1000 held-out images" in out
     model = timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay={"file": str(run / "model.safetensors")})
     images, labels = load(VARIANTS[NAME].dataset, "train", "sample")

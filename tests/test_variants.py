@@ -69,3 +69,17 @@ def test_a_recipe_of_other_length():
 def test_settings_outside_their_limits(settings: dict, message: str):
     with pytest.raises(ValueError, match=f"^{message}$"):
         Recipe(**{"epochs": 1, "lr": 1e-3, "weight_decay": 0.0, **settings})
+
+
+def test_eps_rises_to_its_end_and_stays():
+    recipe = Recipe(8, 1e-3, 0.0, eps=0.1, eps_ramp=0.5)
+    assert [round(recipe.eps_after(passes), 6) for passes in (0, 1, 2, 4, 7.9)] == [0, 0.00625, 0.025, 0.1, 0.1]
+    assert Recipe(8, 1e-3, 0.0, eps=0.1, eps_ramp=0).eps_after(0) == 0.1
+    assert {tag: recipe.eps for tag, recipe in VARIANTS["pcdeq1_mc_tanh_mnist"].recipes.items()} == {
+        "paper": 0,
+        "zoo": 0,
+        "robust_0.1": 0.1,
+        "robust_0.3": 0.3,
+    }
+    with pytest.raises(ValueError, match=r"eps_weight must be above 0 and at most 1, got 1\.5"):
+        Recipe(8, 1e-3, 0.0, eps_weight=1.5)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from timm.layers import SelectAdaptivePool2d
 from torch import Tensor, nn
 
-from pcdeq_zoo.layers import PcDEQConv2d, PcDEQLinear
+from pcdeq_zoo.pooling import CompactMaxPool2d
 from pcdeq_zoo.solver import Solver
 
 __all__ = ["TINY", "Affine", "Box", "affine", "interval", "rounding", "supported"]
@@ -31,13 +31,16 @@ _AFFINE = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d)
 
 
 def supported(module: nn.Module) -> bool:
-    """Whether there are bounds of this module. Of subclasses, which may compute something else, only the zoo's own."""
+    """Whether there are bounds of this module: because it is known, or has a method `hull` of its own.
+
+    Not of subclasses, which may compute something else, but for the zoo's own.
+    """
     if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
         return False
     if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.running_mean is None:
         return False
     kinds = (*_EXACT, *_MEANS, *_SMOOTH, *_AFFINE)
-    return isinstance(module, PcDEQLinear | PcDEQConv2d | nn.MaxPool2d) or type(module) in kinds
+    return hasattr(module, "hull") or isinstance(module, CompactMaxPool2d) or type(module) in kinds
 
 
 def rounding(x: Tensor, terms: int) -> float:
@@ -156,11 +159,13 @@ def interval(module: nn.Module, box: Box, solver: Solver | None = None, clean: T
     Args:
         module: In evaluation mode, or with `clean`.
         box: Of its inputs.
-        solver: Of pcDEQ layers; by default their own. The bounds are proven if it is "certified".
+        solver: Of pcDEQ layers; by default their own. The bounds are proven if it is "certified". Handed to any `hull`,
+            see `PcDEQConv2d.hull`.
         clean: See `affine`.
     """
-    if isinstance(module, PcDEQLinear | PcDEQConv2d):
-        return Box(*module.hull(*box, solver))
+    hull: Any = getattr(module, "hull", None)
+    if hull is not None:
+        return Box(*hull(*box, solver))
     if isinstance(module, _EXACT):
         return Box(module(box.lower), module(box.upper))
     if isinstance(module, _SMOOTH):

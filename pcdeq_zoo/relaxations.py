@@ -71,7 +71,7 @@ def step_back(module: nn.Module, functional: Functional, box: Box, outputs: Box)
         box: Where its inputs are.
         outputs: Where its outputs are then; see `intervals.interval`.
     """
-    if isinstance(module, PcDEQLinear | PcDEQConv2d):
+    if type(module) is PcDEQLinear or type(module) is PcDEQConv2d:  # no subclass, which may compute something else
         return _equilibrium(module, functional, box, outputs)
     if isinstance(module, nn.MaxPool2d) and not module.ceil_mode:
         return _max_pool(module, functional, box)
@@ -81,7 +81,7 @@ def step_back(module: nn.Module, functional: Functional, box: Box, outputs: Box)
         return _through(functional, *_parallels(module, box), box)
     if (form := affine(module, box.lower)) is not None:
         return _affine(form, functional, box)
-    # Any other keeps order: what it gives for the ends of the box.
+    # Of any other its hull.
     lowest = functional.coefficients.clamp(min=0), functional.coefficients.clamp(max=0)
     constant = functional.constant + _dot(lowest[0], outputs.lower) + _dot(lowest[1], outputs.upper)
     count = functional.constant.shape[1]

@@ -9,8 +9,9 @@ import torch
 from baselines import BASELINES, Paper, baseline, released
 from run import gradient, solved_layers, unit_errors
 from torch import nn
+from twins import LAYERS, twin
 
-from pcdeq_zoo import PcDEQConv2d, PcDEQLinear
+from pcdeq_zoo import PcDEQConv2d, PcDEQLinear, forward_with_margins, interval_bounds, pixel_box
 
 AUTHORS = os.environ.get("PCDEQ_AUTHORS")
 
@@ -68,3 +69,20 @@ def test_the_projection_of_the_baseline():
     layer.clamp()
     assert all((parameter >= 0).all() for parameter in layer.parameters())
     assert isinstance(layer.sigma, nn.Tanh)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_twins_differ_in_their_layers_and_have_bounds_that_hold(layer: str):
+    model, x, y = twin(layer), torch.rand(8, 1, 28, 28), torch.arange(8)
+    assert list(model.features._modules) == list(twin("pcdeq").features._modules)
+    _, margins = forward_with_margins(model.train(), x, y, 0.02)
+    margins.sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    with torch.no_grad():
+        bounds, box = interval_bounds(model.eval(), x, 0.02), pixel_box(model, x, 0.02)
+        for share in (0, 1, *torch.rand(5, *x.shape)):
+            logits = model(torch.lerp(*box, torch.as_tensor(share, dtype=x.dtype)))
+            assert ((bounds.lower - 0.01 <= logits) & (logits <= bounds.upper + 0.01)).all()
+    weights = [module.weight.abs().sum((1, 2, 3)) for name, module in model.features.named_children() if "deq" in name]
+    if layer == "bounded":
+        assert all((sums <= 0.5 + 1e-6).all() for sums in weights)

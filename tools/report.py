@@ -221,6 +221,32 @@ def draw_certificate(file: Path) -> None:
     replace_file(file, drawing.getvalue())
 
 
+def draw_robustness(panels: list[dict[str, Any]], file: Path) -> None:
+    """A panel for each robust checkpoint and the ordinary one of its net: shares of images against the change."""
+    plt = _pyplot()
+    styles = {
+        "pgd": (":", "right under PGD"),
+        "linear": ("-", "proven, linear"),
+        "interval": ("--", "proven, intervals"),
+    }
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), layout="constrained", squeeze=False)
+    for axis, panel in zip(axes[0], panels, strict=True):
+        for color, (name, curve) in zip(("C0", "C1"), panel["curves"].items(), strict=True):
+            for key, (style, label) in styles.items():
+                label = f".{name.partition('.')[2]}, {label}"
+                axis.plot(curve["eps"], curve[key], style, color=color, label=label, linewidth=1.2)
+        axis.axvline(panel["eps"], color="0.8", linewidth=0.8)
+        axis.set(
+            title=next(iter(panel["curves"])).partition(".")[0], xlabel="Change of each pixel, of [0, 1]", ylim=(0, 100)
+        )
+    axes[0][0].set(ylabel=f"Of the first {panels[0]['images']:,} test images, %")
+    axes[0][0].legend(frameon=False, fontsize=7)
+    drawing = io.BytesIO()
+    figure.savefig(drawing, format="svg", metadata={"Date": None, "Title": "robustness"})
+    plt.close(figure)
+    replace_file(file, drawing.getvalue())
+
+
 def _mean_evaluations(line: dict[str, Any], direction: str) -> float:
     return statistics.mean(value for key, value in line["evaluations"].items() if key.endswith(direction))
 
@@ -269,6 +295,9 @@ def main() -> None:
         draw(group, networks, FIGURES / f"{group}.svg")
         print(f"drew {group}.svg")
     draw_certificate(FIGURES / "certificate.svg")
+    draw_robustness(
+        json.loads((ROOT / "benchmarks" / "robustness.json").read_text("utf-8")), FIGURES / "robustness.svg"
+    )
 
 
 if __name__ == "__main__":

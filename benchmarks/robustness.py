@@ -1,0 +1,75 @@
+"""Accuracy against the change of the pixels: of images as they are, attacked, and proven.
+
+    python benchmarks/robustness.py [--images 1000]
+
+For each checkpoint that was trained against changes of the pixels, and the ordinary one of the same net, on the first
+test images; writes benchmarks/robustness.json, of which `python -m tools.report` makes docs/figures/robustness.svg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from tqdm import tqdm
+
+from pcdeq_zoo import certify, pgd
+from pcdeq_zoo.data import load, normalize
+from pcdeq_zoo.files import replace_file
+from pcdeq_zoo.weights import Checkpoint, checkpoints
+
+RESULTS = Path(__file__).with_name("robustness.json")
+
+# In multiples of the eps that the robust net was trained for.
+SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.25, 1.5)
+
+
+def curve(checkpoint: Checkpoint, eps_of_training: float, count: int) -> dict[str, Any]:
+    """Shares of the first test images, in percent, by eps: left right by PGD, proven by intervals, by linear bounds."""
+    model = timm.create_model(checkpoint.name, pretrained=True).eval()
+    dataset = checkpoint.variant.dataset
+    images, labels = load(dataset, "test")
+    x, y = normalize(images[:count], dataset), labels[:count]
+    with torch.no_grad():
+        clean = model(x).argmax(1) == y
+    found: dict[str, Any] = {"eps": [0.0], "pgd": [_percent(clean)], "interval": [_percent(clean)]}
+    found["linear"] = [_percent(clean)]
+    for eps in (share * eps_of_training for share in SHARES):
+        proven = {method: certify(model, x, y, eps, method=method).certified for method in ("interval", "linear")}
+        survives = proven["linear"].clone()
+        left = clean & ~survives
+        with torch.no_grad():
+            survives[left] = model(pgd(model, x[left], y[left], eps)).argmax(1) == y[left]
+        found["eps"].append(round(eps, 6))
+        found["pgd"].append(_percent(survives))
+        for method, certified in proven.items():
+            found[method].append(_percent(certified))
+    return found
+
+
+def _percent(hits: torch.Tensor) -> float:
+    return round(100 * hits.double().mean().item(), 2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=1000)
+    count = parser.parse_args().images
+    if count < 1:
+        parser.error(f"--images must be at least 1, got {count}")
+    shipped = checkpoints()
+    panels = []
+    for checkpoint in tqdm(shipped.values()):
+        if eps := checkpoint.recipe.eps:
+            ordinary = shipped[f"{checkpoint.variant.name}.{checkpoint.variant.default_recipe}"]
+            curves = {it.name: curve(it, eps, count) for it in (checkpoint, ordinary)}
+            panels.append({"eps": eps, "images": count, "curves": curves})
+    replace_file(RESULTS, json.dumps(panels, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

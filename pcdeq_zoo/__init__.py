@@ -25,6 +25,7 @@ from pcdeq_zoo.solution import (
 )
 from pcdeq_zoo.solver import Solver, solve
 from pcdeq_zoo.state_dict import WeightsError
+from pcdeq_zoo.unrolled import unrolled
 from pcdeq_zoo.variants import VARIANTS, Recipe, Variant
 
 __all__ = [
@@ -58,4 +59,5 @@ __all__ = [
     "project",
     "record_solves",
     "solve",
+    "unrolled",
 ]

@@ -8,7 +8,7 @@ covered by its certificate (docs/certificate.md). Gradients flow through all of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from timm.layers import SelectAdaptivePool2d
 from torch import Tensor, nn
 
+from pcdeq_zoo.pcdeq import PcDEQ
 from pcdeq_zoo.pooling import CompactMaxPool2d
 from pcdeq_zoo.solver import Solver
 
-__all__ = ["TINY", "Affine", "Box", "affine", "interval", "rounding", "supported"]
+__all__ = ["TINY", "Affine", "Box", "affine", "interval", "modules_in_order", "rounding"]
 
 TINY = 1e-30  # far more than underflow takes of a sum
 
@@ -30,7 +31,7 @@ _SMOOTH = (nn.Softplus, nn.Tanh, nn.Sigmoid, nn.Softsign)
 _AFFINE = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d)
 
 
-def supported(module: nn.Module) -> bool:
+def _supported(module: nn.Module) -> bool:
     """Whether there are bounds of this module: because it is known, or has a method `hull` of its own.
 
     Not of subclasses, which may compute something else, but for the zoo's own.
@@ -41,6 +42,36 @@ def supported(module: nn.Module) -> bool:
         return False
     kinds = (*_EXACT, *_MEANS, *_SMOOTH, *_AFFINE)
     return hasattr(module, "hull") or isinstance(module, CompactMaxPool2d) or type(module) in kinds
+
+
+_HEAD = ("pool", "drop", "fc")
+
+
+def modules_in_order(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The modules that the input passes through one after the other, and their names.
+
+    Args:
+        model: Of the zoo, or an `nn.Sequential`, of others as well, of modules that have bounds.
+        name: Of the model itself.
+
+    Raises:
+        TypeError: A module without bounds.
+    """
+    if isinstance(model, PcDEQ):
+        parts = [("features", model.features), *((f"head.{part}", getattr(model.head, part)) for part in _HEAD)]
+        for part, module in parts:
+            yield from modules_in_order(module, part)
+    elif isinstance(model, nn.Sequential):
+        for part, module in model.named_children():
+            yield from modules_in_order(module, f"{name}.{part}".strip("."))
+    elif _supported(model):
+        yield name, model
+    else:
+        raise TypeError(
+            f"there are no bounds of {name or 'the model'}, {model}: a model must be of this zoo, or an nn.Sequential "
+            "of convolutions and pools in 2-D, Linear, BatchNorm with running statistics, Flatten, ReLU, ReLU6, "
+            "Hardtanh, Softplus, Tanh, Sigmoid, Softsign, Dropout, Identity and pcDEQ layers"
+        )
 
 
 def rounding(x: Tensor, terms: int) -> float:
@@ -81,14 +112,15 @@ class Affine(NamedTuple):
         function: x ↦ A x + b.
         spread: x ↦ |A| x, for x ≥ 0.
         offset: |b| or more, to be broadcast to the output.
-        terms: Most products in the sum of an output, or in one of Aᵀ. Either is off by no more than
-            `rounding(terms)` (|A| |x| + |b|).
+        terms: Most products in the sum of an output, which is off by no more than `rounding(terms)` (|A| |x| + |b|).
+        transposed_terms: Most products in a sum of Aᵀ.
     """
 
     function: Callable[[Tensor], Tensor]
     spread: Callable[[Tensor], Tensor]
     offset: Tensor
     terms: int
+    transposed_terms: int
 
     def magnitude(self, x: Tensor) -> Tensor:
         """|A| x + |b|, for x ≥ 0."""
@@ -119,7 +151,8 @@ def affine(module: nn.Module, x: Tensor, clean: Tensor | None = None) -> Affine 
             lambda x: F.conv2d(x, weight, bias, *where),
             lambda x: F.conv2d(x, weight.abs(), None, *where),
             zero if bias is None else bias.abs().view(-1, 1, 1),
-            max(weight.shape[0] // module.groups, weight.shape[1]) * weight[0, 0].numel() + 1,
+            weight[0].numel() + 1,
+            weight.shape[0] // module.groups * weight[0, 0].numel(),
         )
     if isinstance(module, nn.Linear):
         weight, bias = module.weight, module.bias
@@ -127,7 +160,8 @@ def affine(module: nn.Module, x: Tensor, clean: Tensor | None = None) -> Affine 
             lambda x: F.linear(x, weight, bias),
             lambda x: F.linear(x, weight.abs()),
             zero if bias is None else bias.abs(),
-            max(weight.shape) + 1,
+            weight.shape[1] + 1,
+            weight.shape[0],
         )
     if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
         mean, variance = module.running_mean, module.running_var
@@ -143,21 +177,21 @@ def affine(module: nn.Module, x: Tensor, clean: Tensor | None = None) -> Affine 
         bias = mean.new_zeros(()) if module.bias is None else module.bias
         shift = (bias - mean * scale).view(shape)
         scale, offset = scale.view(shape), (bias.abs() + (mean * scale).abs()).view(shape)
-        return Affine(lambda x: x * scale + shift, lambda x: x * scale.abs(), offset, 1)
+        return Affine(lambda x: x * scale + shift, lambda x: x * scale.abs(), offset, 1, 1)
     if isinstance(module, nn.AvgPool2d | nn.AdaptiveAvgPool2d) or (
         isinstance(module, SelectAdaptivePool2d) and module.pool_type == "avg"
     ):
-        return Affine(module, module, zero, x.shape[2:].numel())
+        return Affine(module, module, zero, size := x.shape[2:].numel(), size)
     if isinstance(module, nn.Flatten | nn.Identity | nn.Dropout):
-        return Affine(module, module, zero, 1)
+        return Affine(module, module, zero, 1, 1)
     return None
 
 
 def interval(module: nn.Module, box: Box, solver: Solver | None = None, clean: Tensor | None = None) -> Box:
-    """All outputs of a `supported` module for inputs in a box.
+    """All outputs of a module for inputs in a box.
 
     Args:
-        module: In evaluation mode, or with `clean`.
+        module: One that `modules_in_order` gives, in evaluation mode or with `clean`.
         box: Of its inputs.
         solver: Of pcDEQ layers; by default their own. The bounds are proven if it is "certified". Handed to any `hull`,
             see `PcDEQConv2d.hull`.

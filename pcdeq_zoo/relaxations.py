@@ -66,7 +66,7 @@ def step_back(module: nn.Module, functional: Functional, box: Box, outputs: Box)
     """Functionals of a module's inputs that are nowhere above those of its outputs.
 
     Args:
-        module: Of those that `intervals.supported` knows, in evaluation mode.
+        module: One that `intervals.modules_in_order` gives, in evaluation mode.
         functional: Of its outputs.
         box: Where its inputs are.
         outputs: Where its outputs are then; see `intervals.interval`.
@@ -96,7 +96,8 @@ def _affine(form: Affine, functional: Functional, box: Box) -> Functional:
         outputs = form.function(zeros)
         (back,) = torch.autograd.grad(outputs, zeros, a.flatten(0, 1))
     offset = outputs.detach().unflatten(0, a.shape[:2])[:, 0]
-    slack = rounding(a, form.terms) * form.magnitude(box.magnitude) + TINY
+    terms = max(form.terms, min(form.transposed_terms, a.shape[2:].numel()))
+    slack = rounding(a, terms) * form.magnitude(box.magnitude) + TINY
     return Functional(back.unflatten(0, a.shape[:2]), constant + _dot(a, offset) + _dot(-a.abs(), slack))
 
 

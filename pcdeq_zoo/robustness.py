@@ -7,7 +7,6 @@ What is near an image is all that differs from it by at most `eps` in every pixe
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -15,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pcdeq_zoo.intervals import TINY, Box, interval, rounding, supported
+from pcdeq_zoo.intervals import TINY, Box, interval, modules_in_order, rounding
 from pcdeq_zoo.operators import full_precision
-from pcdeq_zoo.pcdeq import PcDEQ
 from pcdeq_zoo.relaxations import Functional, least, step_back
 from pcdeq_zoo.solver import Solver
 
@@ -52,28 +50,6 @@ class Certification:
     def certified(self) -> Tensor:
         """Where no image near this one gets another label, shape (N,), bool. So this one is classified right, too."""
         return self.margin > 0
-
-
-_HEAD = ("pool", "drop", "fc")
-
-
-def _modules(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The modules that the input passes through one after the other, with their names."""
-    if isinstance(model, PcDEQ):
-        parts = [("features", model.features), *((f"head.{part}", getattr(model.head, part)) for part in _HEAD)]
-        for part, module in parts:
-            yield from _modules(module, part)
-    elif isinstance(model, nn.Sequential):
-        for part, module in model.named_children():
-            yield from _modules(module, f"{name}.{part}".strip("."))
-    elif supported(model):
-        yield name, model
-    else:
-        raise TypeError(
-            f"there are no bounds of {name or 'the model'}, {model}: a model must be of this zoo, or an nn.Sequential "
-            "of convolutions and pools in 2-D, Linear, BatchNorm with running statistics, Flatten, ReLU, ReLU6, "
-            "Hardtanh, Softplus, Tanh, Sigmoid, Softsign, Dropout, Identity and pcDEQ layers"
-        )
 
 
 def pixel_box(model: nn.Module, images: Tensor, eps: float, clip: bool = True) -> Box:
@@ -118,7 +94,7 @@ def pixel_box(model: nn.Module, images: Tensor, eps: float, clip: bool = True) -
 
 def _check(model: nn.Module, images: Tensor) -> list[tuple[str, nn.Module]]:
     """Modules of a model of which something is to be proven."""
-    modules = list(_modules(model))
+    modules = list(modules_in_order(model))
     if training := [name for name, module in modules if module.training and not isinstance(module, nn.Identity)]:
         raise RuntimeError(
             f"the model is in training mode ({training[0]}): call model.eval(), or forward_with_margins to train it"
@@ -198,7 +174,7 @@ def forward_with_margins(
         Logits (N, K), and bounds of logit[label] − logit[k], (N, K); `F.cross_entropy(-bounds, labels)` is the loss of
         interval training.
     """
-    modules = list(_modules(model))
+    modules = list(modules_in_order(model))
     classifier = _classifier(modules)
     labels = _labels(labels, len(images), classifier.out_features)
     box, clean = pixel_box(model, images, eps, clip), images

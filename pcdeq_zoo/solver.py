@@ -76,7 +76,10 @@ def certified(map_: FixedPointMap, pair: Pair, number: int, tol: float, before: 
     elif not bool(before.found.all()):
         rows = (~before.found).nonzero()[:, 0]
         before.replace(rows, find_witness(map_[rows], pair.z0[rows], pair.p1[rows], pair.z1[rows], number))
-    return Verdict(error_bound(map_, pair, before, tol), witness=before)
+    error = error_bound(map_, pair, before, tol)
+    # Where the iterate has settled and the bound is still too large, the next witness is to be from a longer sum.
+    settled = (error > tol) & (pair.size2 <= 8 * torch.finfo(pair.z2.dtype).eps * pair.size)
+    return Verdict(error, witness=before._replace(rate=before.rate.masked_fill(settled, math.inf)))
 
 
 # To add a rule, add a function here and its name to `Stop`.

@@ -143,7 +143,7 @@ def main() -> None:
             logits, margins = forward_with_margins(model, x, labels[batch], eps)
             clean, worst = F.cross_entropy(logits, labels[batch]), F.cross_entropy(-margins, labels[batch])
             optimizer.zero_grad()
-            clean.lerp(worst, recipe.eps_weight * (eps / recipe.eps) ** 0.5).backward()
+            clean.lerp(worst, recipe.eps_weight * eps / recipe.eps).backward()
             optimizer.step()
     found = {"layer": args.layer, "eps": args.eps, "seed": args.seed, "epochs": args.epochs}
     found |= measure(model, images[-HELD_OUT:], labels[-HELD_OUT:], args.eps)

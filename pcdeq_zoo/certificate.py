@@ -41,7 +41,7 @@ def rounding_error(map_: EquilibriumMap, *, worst_case: bool) -> float:
     Either the worst case, terms · u, or what holds with a probability of at least 1 − 2 terms e⁻¹⁸ per sum if rounding
     errors are independent with mean zero, 6 √terms · u (Higham and Mary, SIAM J. Sci. Comput. 2019,
     https://doi.org/10.1137/18M1226312). u is the unit roundoff: `full_precision` sees to it that products are exact.
-    Winograd convolutions are not covered.
+    Winograd convolutions, which cuDNN may choose, are not covered.
     """
     terms = map_.operator.terms
     sums = terms if worst_case else 6 * math.sqrt(terms)

@@ -44,6 +44,18 @@ class Switch(NamedTuple):
     exact: Any
 
 
+class _Nnpack:
+    """The functions that switch NNPACK as an attribute. Its convolutions are by Winograd's algorithm."""
+
+    @property
+    def value(self) -> bool:
+        return torch._C._get_nnpack_enabled()
+
+    @value.setter
+    def value(self, value: bool) -> None:
+        torch._C._set_nnpack_enabled(value)
+
+
 class _MatmulPrecision:
     """The functions for the precision of matrix products as an attribute, to be a `Switch` too."""
 
@@ -59,9 +71,10 @@ class _MatmulPrecision:
 def precision_switches() -> list[Switch]:
     """All that there are: since PyTorch 2.9 one for each backend and kind of product."""
     backends: Any = torch.backends
+    nnpack = Switch(_Nnpack(), "value", False)
     if not hasattr(backends.mkldnn, "conv"):
-        return [Switch(_MatmulPrecision(), "value", "highest"), Switch(backends.cudnn, "allow_tf32", False)]
+        return [nnpack, Switch(_MatmulPrecision(), "value", "highest"), Switch(backends.cudnn, "allow_tf32", False)]
     owners = [backends.mkldnn.conv, backends.mkldnn.matmul]
     if torch.cuda.is_available():
         owners += [backends.cudnn.conv, backends.cuda.matmul]
-    return [Switch(owner, "fp32_precision", "ieee") for owner in owners]
+    return [nnpack, *(Switch(owner, "fp32_precision", "ieee") for owner in owners)]

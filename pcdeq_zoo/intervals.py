@@ -8,6 +8,8 @@ covered by its certificate (docs/certificate.md). Gradients flow through all of 
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -16,7 +18,7 @@ import torch.nn.functional as F
 from timm.layers import SelectAdaptivePool2d
 from torch import Tensor, nn
 
-from pcdeq_zoo.pcdeq import PcDEQ
+from pcdeq_zoo.pcdeq import PcDEQ, PcDEQHead
 from pcdeq_zoo.pooling import CompactMaxPool2d
 from pcdeq_zoo.solver import Solver
 
@@ -25,53 +27,84 @@ __all__ = ["TINY", "Affine", "Box", "affine", "interval", "modules_in_order", "r
 TINY = 1e-30  # far more than underflow takes of a sum
 
 # They keep order: outputs do not fall where inputs rise. The first ones do not round.
-_EXACT = (nn.MaxPool2d, nn.AdaptiveMaxPool2d, nn.Flatten, nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Identity, nn.Dropout)
+_EXACT = (nn.MaxPool2d, CompactMaxPool2d, nn.AdaptiveMaxPool2d, nn.Flatten, nn.ReLU, nn.ReLU6, nn.Identity, nn.Dropout)
 _MEANS = (nn.AvgPool2d, nn.AdaptiveAvgPool2d, SelectAdaptivePool2d)
-_SMOOTH = (nn.Softplus, nn.Tanh, nn.Sigmoid, nn.Softsign)
+_SMOOTH = (nn.Softplus, nn.Tanh, nn.Sigmoid, nn.Softsign, nn.Hardtanh)
 _AFFINE = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d)
+_KINDS = (*_EXACT, *_MEANS, *_SMOOTH, *_AFFINE)
 
 
-def _supported(module: nn.Module) -> bool:
-    """Whether there are bounds of this module: because it is known, or has a method `hull` of its own.
+def _has_own_hull(module: nn.Module) -> bool:
+    """Whether it has a method `hull`, and that is of its `forward`: of the class that defines it, or a subclass."""
+    found = {name: next((c for c in type(module).__mro__ if name in vars(c)), None) for name in ("hull", "forward")}
+    return found["hull"] is not None and found["forward"] is not None and issubclass(found["hull"], found["forward"])
 
-    Not of subclasses, which may compute something else, but for the zoo's own.
-    """
-    if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
-        return False
-    if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.running_mean is None:
-        return False
-    kinds = (*_EXACT, *_MEANS, *_SMOOTH, *_AFFINE)
-    return hasattr(module, "hull") or isinstance(module, CompactMaxPool2d) or type(module) in kinds
+
+def _why_not(module: nn.Module) -> str:
+    """Why there are no bounds of a module, or nothing. A subclass may compute something else than its base."""
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        return "it has hooks, or a forward of its own"
+    if _has_own_hull(module):
+        return ""
+    if type(module) not in _KINDS:
+        return "it is none of those that have"
+    unusual = {
+        "padding_mode": ("zeros",),
+        "return_indices": (False,),
+        "start_dim": (1,),
+        "end_dim": (-1,),
+        "track_running_stats": (True,),
+    }
+    for name, values in unusual.items():
+        if getattr(module, name, values[0]) not in values:
+            return f"of its {name}, {getattr(module, name)}"
+    if isinstance(module, nn.AvgPool2d) and module.divisor_override is not None and module.divisor_override <= 0:
+        return f"of its divisor_override, {module.divisor_override}"
+    if isinstance(module, nn.Softplus) and not (module.beta > 0 and module.threshold >= 20):
+        return f"of its beta, {module.beta}, and threshold, {module.threshold}"
+    return ""
 
 
 _HEAD = ("pool", "drop", "fc")
 
 
-def modules_in_order(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+def modules_in_order(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The modules that the input passes through one after the other, and their names.
 
     Args:
-        model: Of the zoo, or an `nn.Sequential`, of others as well, of modules that have bounds.
-        name: Of the model itself.
+        model: Of the zoo, or an `nn.Sequential`, of others as well, of modules that have bounds. A module of another
+            kind has them if its class has a method `hull` like `PcDEQConv2d.hull`.
 
     Raises:
         TypeError: A module without bounds.
     """
-    if isinstance(model, PcDEQ):
-        parts = [("features", model.features), *((f"head.{part}", getattr(model.head, part)) for part in _HEAD)]
-        for part, module in parts:
-            yield from modules_in_order(module, part)
-    elif isinstance(model, nn.Sequential):
-        for part, module in model.named_children():
-            yield from modules_in_order(module, f"{name}.{part}".strip("."))
-    elif _supported(model):
-        yield name, model
-    else:
+    modules = list(_modules(model, ""))
+    if not modules:
+        raise TypeError("the model is an empty nn.Sequential")
+    return modules
+
+
+def _modules(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    has_hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    if type(module) is PcDEQ and type(module.head) is PcDEQHead and not has_hooks:
+        yield from _modules(module.features, "features")
+        for part in _HEAD:
+            yield from _modules(getattr(module.head, part), f"head.{part}")
+    elif type(module).forward is nn.Sequential.forward and not has_hooks:
+        for part, child in module._modules.items():  # not named_children, which leaves out what comes again
+            if child is not None:
+                yield from _modules(child, f"{name}.{part}".strip("."))
+    elif reason := _why_not(module):
         raise TypeError(
-            f"there are no bounds of {name or 'the model'}, {model}: a model must be of this zoo, or an nn.Sequential "
-            "of convolutions and pools in 2-D, Linear, BatchNorm with running statistics, Flatten, ReLU, ReLU6, "
-            "Hardtanh, Softplus, Tanh, Sigmoid, Softsign, Dropout, Identity and pcDEQ layers"
+            f"there are no bounds of {name or 'the model'}, {module}, because {reason}: a model must be of this zoo, "
+            "or an nn.Sequential of convolutions and pools in 2-D, Linear, BatchNorm with running statistics, Flatten, "
+            "ReLU, ReLU6, Hardtanh, Softplus, Tanh, Sigmoid, Softsign, Dropout, Identity and pcDEQ layers"
         )
+    else:
+        if getattr(module, "inplace", False):
+            module = copy.copy(module)
+            module.inplace = False  # type: ignore[assignment]
+        yield name, module
 
 
 def rounding(x: Tensor, terms: int) -> float:
@@ -131,7 +164,7 @@ class Affine(NamedTuple):
         center, radius = box.center, box.radius
         share = rounding(center, self.terms)
         output = self.function(center)
-        width = self.spread(radius + share * (center.abs() + radius)) * (1 + share) + (share * self.offset + TINY)
+        width = self.spread(radius + share * (center.abs() + radius)) / (1 - share) + (share * self.offset + TINY)
         return Box(output, output).widened(width)
 
 
@@ -197,15 +230,34 @@ def interval(module: nn.Module, box: Box, solver: Solver | None = None, clean: T
             see `PcDEQConv2d.hull`.
         clean: See `affine`.
     """
+    lower, upper = _interval(module, box, solver, clean)
+    known = lower.isfinite() & upper.isfinite()  # what overflows may be anything
+    return Box(lower.masked_fill(~known, -math.inf), upper.masked_fill(~known, math.inf))
+
+
+def _interval(module: nn.Module, box: Box, solver: Solver | None, clean: Tensor | None) -> Box:
     hull: Any = getattr(module, "hull", None)
     if hull is not None:
         return Box(*hull(*box, solver))
-    if isinstance(module, _EXACT):
-        return Box(module(box.lower), module(box.upper))
-    if isinstance(module, _SMOOTH):
-        outputs = Box(module(box.lower), module(box.upper))
-        return outputs.widened(rounding(box.lower, 8) * outputs.magnitude + TINY)
-    if (form := affine(module, box.lower, clean)) is not None and not isinstance(module, _MEANS):
+    form = None if isinstance(module, _MEANS) else affine(module, box.lower, clean)
+    if form is not None and not isinstance(module, _EXACT):
         return form.interval(box)
     outputs = Box(module(box.lower), module(box.upper))
-    return outputs.widened(rounding(box.lower, box.lower.shape[2:].numel()) * module(box.magnitude) + TINY)
+    if isinstance(module, _SMOOTH):
+        outputs = outputs.widened(_error(module, box) * outputs.magnitude + (_jump(module) + TINY))
+    if isinstance(module, _MEANS):
+        terms = box.lower.shape[2:].numel()
+        outputs = outputs.widened(rounding(box.lower, terms) * module(box.magnitude) + TINY)
+    return outputs
+
+
+def _error(module: nn.Module, box: Box) -> Tensor | float:
+    """Largest relative error of a smooth function. Softplus takes exp(βx), where the rounding of βx becomes |βx| u."""
+    if isinstance(module, nn.Softplus):
+        return (1 + module.beta * box.magnitude) * rounding(box.lower, 8)
+    return rounding(box.lower, 8)
+
+
+def _jump(module: nn.Module) -> float:
+    """By how much PyTorch's softplus is not continuous: it is the identity where βx is above its threshold."""
+    return math.exp(-module.threshold) / module.beta if isinstance(module, nn.Softplus) else 0.0

@@ -369,7 +369,17 @@ class _PcDEQLayer(TraceableLoop):
             lower, upper: Ends of the box, as for `forward`.
             solver: Settings of the solves; by default the layer's. If it is "certified", the hull is widened by what
                 the solves leave open, and is [0, sup σ] where they prove nothing: no output is outside of it.
+
+        Raises:
+            ValueError, TypeError: Ends of two shapes or in the wrong order, no solver, or what `forward` refuses.
         """
+        if lower.shape != upper.shape or bool((lower > upper).any()):
+            raise ValueError(
+                f"a box needs two ends of one shape, lower ≤ upper; got {tuple(lower.shape)} and {tuple(upper.shape)}"
+                + (", not in that order" if lower.shape == upper.shape else "")
+            )
+        if solver is not None and not isinstance(solver, Solver):
+            raise TypeError(f"solver must be a Solver or None, got {solver!r}")
         u = torch.cat([self._prepare(lower), self._prepare(upper)])
         problem = self._problem()
         if solver is not None:

@@ -51,15 +51,19 @@ class Line(NamedTuple):
 
 def _dot(coefficients: Tensor, y: Tensor) -> Tensor:
     """A lower bound of ⟨coefficients, y⟩ for coefficients (N, R, ...) and y (N, ...): shape (N, R), float64."""
-    products = coefficients * y[:, None]
-    products -= products.abs() * rounding(products, 0 if products.dtype != torch.float64 else y.shape[1:].numel())
-    return products.flatten(2).sum(2, dtype=torch.float64)
+    products = (coefficients.double() * y[:, None].double()).flatten(2)  # of floats: exact
+    return products.sum(2) - rounding(products, products.shape[2]) * products.abs().sum(2)
+
+
+def _sum(*terms: Tensor) -> Tensor:
+    """A lower bound of a sum of a few float64 terms."""
+    return sum(terms[1:], terms[0]) - rounding(terms[0], len(terms)) * sum(term.abs() for term in terms)
 
 
 def least(functional: Functional, box: Box) -> Tensor:
     """The least value of functionals on a box, or less, shape (N, R), float64."""
     coefficients, constant = functional
-    return constant + _dot(coefficients, box.center) + _dot(-coefficients.abs(), box.radius)
+    return _sum(constant, _dot(coefficients, box.center), _dot(-coefficients.abs(), box.radius))
 
 
 def step_back(module: nn.Module, functional: Functional, box: Box, outputs: Box) -> Functional:
@@ -75,15 +79,15 @@ def step_back(module: nn.Module, functional: Functional, box: Box, outputs: Box)
         return _equilibrium(module, functional, box, outputs)
     if isinstance(module, nn.MaxPool2d) and not module.ceil_mode:
         return _max_pool(module, functional, box)
-    if isinstance(module, nn.ReLU | nn.Softplus):
+    if isinstance(module, nn.ReLU):
         return _through(functional, _tangent(module, box, "below"), _chord(module, box, "above"), box)
-    if isinstance(module, nn.Tanh | nn.Sigmoid | nn.Softsign):
+    if isinstance(module, nn.Tanh | nn.Sigmoid | nn.Softsign | nn.ReLU6 | nn.Hardtanh):
         return _through(functional, *_parallels(module, box), box)
     if (form := affine(module, box.lower)) is not None:
         return _affine(form, functional, box)
     # Of any other its hull.
     lowest = functional.coefficients.clamp(min=0), functional.coefficients.clamp(max=0)
-    constant = functional.constant + _dot(lowest[0], outputs.lower) + _dot(lowest[1], outputs.upper)
+    constant = _sum(functional.constant, _dot(lowest[0], outputs.lower), _dot(lowest[1], outputs.upper))
     count = functional.constant.shape[1]
     return Functional(box.lower.new_zeros(len(box.lower), count, *box.lower.shape[1:]), constant)
 
@@ -98,7 +102,7 @@ def _affine(form: Affine, functional: Functional, box: Box) -> Functional:
     offset = outputs.detach().unflatten(0, a.shape[:2])[:, 0]
     terms = max(form.terms, min(form.transposed_terms, a.shape[2:].numel()))
     slack = rounding(a, terms) * form.magnitude(box.magnitude) + TINY
-    return Functional(back.unflatten(0, a.shape[:2]), constant + _dot(a, offset) + _dot(-a.abs(), slack))
+    return Functional(back.unflatten(0, a.shape[:2]), _sum(constant, _dot(a, offset), _dot(-a.abs(), slack)))
 
 
 def _through(functional: Functional, below: Line, above: Line, box: Box) -> Functional:
@@ -106,8 +110,8 @@ def _through(functional: Functional, below: Line, above: Line, box: Box) -> Func
     a, constant = functional
     up, down = a.clamp(min=0), a.clamp(max=0)
     back = up * below.slope[:, None] + down * above.slope[:, None]
-    constant = constant + _dot(up, below.intercept) + _dot(down, above.intercept)
-    return Functional(back, constant + _dot(-back.abs(), rounding(a, 0) * box.magnitude + TINY))
+    rounded = _dot(-back.abs(), rounding(a, 0) * box.magnitude + TINY)
+    return Functional(back, _sum(constant, _dot(up, below.intercept), _dot(down, above.intercept), rounded))
 
 
 def _intercept(values: Tensor, slope: Tensor, at: Tensor, reach: Tensor, side: Side) -> Tensor:
@@ -127,7 +131,7 @@ def _chord(function: Callable[[Tensor], Tensor], box: Box, side: Side) -> Line:
 
 def _slope(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
     with torch.enable_grad():
-        at = at.detach().requires_grad_()
+        at = at.detach().clone().requires_grad_()
         (slope,) = torch.autograd.grad(function(at).sum(), at)
     return slope
 
@@ -140,7 +144,7 @@ def _tangent(function: Callable[[Tensor], Tensor], box: Box, side: Side, slope: 
 
 
 def _parallels(function: Callable[[Tensor], Tensor], box: Box) -> tuple[Line, Line]:
-    """Two lines around a function that is steepest in one place: least of its slopes at the ends, through the ends."""
+    """Two lines around a function that is flatter away from one place: through the ends, as flat as the flatter one."""
     slope = torch.minimum(_slope(function, box.lower), _slope(function, box.upper))
     slope = slope * (1 - rounding(slope, _ULPS))
     zero = torch.zeros_like(slope)
@@ -172,7 +176,7 @@ def _max_pool(module: nn.MaxPool2d, functional: Functional, box: Box) -> Functio
     for coefficients, entries in ((up, likely), (down * above.slope[:, None], reaching)):
         back.scatter_add_(3, entries.flatten(2)[:, None].expand(-1, a.shape[1], -1, -1), coefficients.flatten(3))
     slack = rounding(a, 2 * (windows.shape[1] - 1)) * magnitude + TINY
-    constant = constant + _dot(down, above.intercept) + _dot(-a.abs(), slack)
+    constant = _sum(constant, _dot(down, above.intercept), _dot(-a.abs(), slack))
     return Functional(back.view(*a.shape[:3], *box.lower.shape[2:]), constant)
 
 
@@ -186,7 +190,7 @@ def _equilibrium(layer: PcDEQLinear | PcDEQConv2d, functional: Functional, box: 
 
     and the same for ≤ with t' and s'. It holds for any q; with q = c + Wᵀ (s q), the adjoint equilibrium of c ≥ 0,
     r = 0. So nothing depends on how well that is solved: what is left of r is bounded by the hull of z*. The lower one
-    is exact at both ends of the box.
+    is exact at both ends of the box of x.
     """
     a, constant = functional
     map_ = layer.fixed_point_map(box.lower)
@@ -215,9 +219,13 @@ def _equilibrium(layer: PcDEQLinear | PcDEQConv2d, functional: Functional, box: 
         r = transposed.affine(k, c) - q
         lost = rounding(r, w.terms) * (c + 2 * q + r.abs())  # rounding of r
         q, k, r, lost = (tensor.unflatten(0, (count, rows)) for tensor in (q, k, r, lost))
-        constant = constant + _dot(sign * q, line.intercept)
-        constant = constant + _dot(-q, rounding(q, 0) * line.slope * p.upper)  # of k, and of the sum with the other
-        constant = constant + _dot((sign * r).clamp(min=0), z.lower) + _dot((sign * r).clamp(max=0) - lost, z.upper)
+        constant = _sum(
+            constant,
+            _dot(sign * q, line.intercept),
+            _dot(-q, rounding(q, 0) * line.slope * p.upper),  # of k, and of the sum with the other one
+            _dot((sign * r).clamp(min=0), z.lower),
+            _dot((sign * r).clamp(max=0) - lost, z.upper),
+        )
         back += sign * k
     known = back.flatten(2).isfinite().all(2) & constant.isfinite()
     back = back.nan_to_num(0.0, 0.0, 0.0) * known[(..., *[None] * (back.ndim - 2))]

@@ -1,7 +1,8 @@
 """Certified robustness: what a whole net can output for all images near one, proven, and whether its label changes.
 
 What is near an image is all that differs from it by at most `eps` in every pixel (the ℓ∞ ball), pixels on the scale of
-[0, 1]. What is proven holds of the net in exact arithmetic, with the parameters that it has: docs/robustness.md.
+[0, 1], or any `Box` of your own. What is proven holds of the net in exact arithmetic, with W as the layers compute it
+and its other parameters as they are: docs/robustness.md.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from pcdeq_zoo.intervals import TINY, Box, interval, modules_in_order, rounding
 from pcdeq_zoo.operators import full_precision
+from pcdeq_zoo.pcdeq import PcDEQ, check_images
 from pcdeq_zoo.relaxations import Functional, least, step_back
 from pcdeq_zoo.solver import Solver
 
@@ -35,16 +37,18 @@ class Certification:
     Attributes:
         margins: Proven lower bounds of logit[label] − logit[k] over all images near each one, shape (N, K), float64; 0
             for the label itself, −∞ where nothing was proven. Those of images that intervals certify are by intervals.
+        by_intervals: Where intervals are enough, shape (N,), bool.
         labels: Shape (N,).
     """
 
     margins: Tensor
+    by_intervals: Tensor
     labels: Tensor
 
     @property
     def margin(self) -> Tensor:
         """The least margin to another class, shape (N,)."""
-        return self.margins.scatter(1, self.labels[:, None], math.inf).amin(1)
+        return _least_margin(self.margins, self.labels)
 
     @property
     def certified(self) -> Tensor:
@@ -52,17 +56,24 @@ class Certification:
         return self.margin > 0
 
 
-def pixel_box(model: nn.Module, images: Tensor, eps: float, clip: bool = True) -> Box:
+def _least_margin(margins: Tensor, labels: Tensor) -> Tensor:
+    return margins.scatter(1, labels[:, None], math.inf).amin(1)
+
+
+def pixel_box(model: nn.Module, images: Tensor, eps: float, *, clip: bool = True, inner: bool = False) -> Box:
     """All images near some, as the model takes them.
 
     Args:
-        model: Of the zoo; its `pretrained_cfg` says how pixels are normalised. Any other takes pixels as they are.
-        images: As the model takes them, shape (N, C, H, W).
+        model: Its `pretrained_cfg`, as models of the zoo have one, says how pixels are normalised. Without one it takes
+            pixels as they are.
+        images: As the model takes them, shape (N, C, H, W), float32 or float64.
         eps: Largest change of a pixel on the scale of [0, 1].
         clip: Whether pixels stay in [0, 1], as those of images do.
+        inner: Leave out, instead of taking in, what the rounding of normalised pixels may have moved across the border.
 
     Raises:
-        ValueError: An eps outside [0, 1], or pixels that are not finite, or outside of [0, 1] where they are clipped.
+        ValueError: An eps outside [0, 1], pixels that are not finite, or outside of [0, 1] where they are clipped, or
+            images of another number of channels than the config's mean.
     """
     if not 0 <= eps <= 1:
         raise ValueError(f"eps is the largest change of a pixel on the scale of [0, 1], so from 0 to 1; got {eps}")
@@ -73,50 +84,98 @@ def pixel_box(model: nn.Module, images: Tensor, eps: float, clip: bool = True) -
     if not bool(images.isfinite().all()):
         raise ValueError("got images with NaN or infinite pixels")
     config = getattr(model, "pretrained_cfg", None) or {}
-    mean, std = (
-        torch.tensor(config.get(name) or (default,), dtype=torch.float64, device=images.device).view(-1, 1, 1)
-        for name, default in (("mean", 0.0), ("std", 1.0))
-    )
-    change = eps / std
-    lower, upper = images - change, images + change
+    given = [tuple(config.get(name) or (default,)) for name, default in (("mean", 0.0), ("std", 1.0))]
+    if any(len(values) not in (1, images.shape[1]) for values in given):
+        raise ValueError(
+            f"the pretrained_cfg of the model normalises {len(given[0])} channels, and images have {images.shape[1]}: "
+            "give a Box of what is near them instead"
+        )
+    mean, std = (torch.tensor(values, dtype=torch.float64, device=images.device).view(-1, 1, 1) for values in given)
+    black, white, exact = -mean / std, (1 - mean) / std, images.double()
     if clip:
-        black, white = -mean / std, (1 - mean) / std
-        if bool(((images < black - 1e-5) | (images > white + 1e-5)).any()):
+        if bool(((exact < black - 1e-5) | (exact > white + 1e-5)).any()):
             raise ValueError(
                 f"got pixels outside of [0, 1], after normalising from {images.min():g} to {images.max():g}: give "
                 "images as the model takes them, or say clip=False"
             )
+        exact = exact.clamp(black, white)
+    lower, upper = exact - eps / std, exact + eps / std
+    if clip:
         lower, upper = torch.maximum(lower, black), torch.minimum(upper, white)
-    # Outwards by what the normalisation of an image in floats may be off.
     margin = rounding(images, 0) * (torch.maximum(lower.abs(), upper.abs()) + (mean.abs() + 1) / std) + TINY
-    return Box((lower - margin).to(images.dtype), (upper + margin).to(images.dtype))
+    if inner:  # not empty, though
+        lower, upper = torch.minimum(lower + margin, images), torch.maximum(upper - margin, images)
+    else:
+        lower, upper = lower - margin, upper + margin
+    return Box(lower.to(images.dtype), upper.to(images.dtype))
 
 
-def _check(model: nn.Module, images: Tensor) -> list[tuple[str, nn.Module]]:
-    """Modules of a model of which something is to be proven."""
-    modules = list(modules_in_order(model))
-    if training := [name for name, module in modules if module.training and not isinstance(module, nn.Identity)]:
+def _near(model: nn.Module, images: Tensor | Box, eps: float | None, clip: bool, inner: bool = False) -> Box:
+    """What is near images, of a model that takes them."""
+    if isinstance(images, Box):
+        if eps is not None:
+            raise ValueError(f"a Box says by itself what is near; leave eps out, got {eps}")
+        lower, upper = images
+        if lower.shape != upper.shape or lower.dtype != upper.dtype or not bool((lower <= upper).all()):
+            raise ValueError(
+                f"a Box needs lower ≤ upper, of one shape and dtype; got {lower.dtype} of {tuple(lower.shape)} and "
+                f"{upper.dtype} of {tuple(upper.shape)}"
+            )
+        if not bool((lower.isfinite() & upper.isfinite()).all()):
+            raise ValueError("a Box needs finite ends, got NaN or infinity")
+        box = images
+    else:
+        if eps is None:
+            raise ValueError("give eps, the largest change of a pixel, or a Box for images")
+        box = pixel_box(model, images, eps, clip=clip, inner=inner)
+    if isinstance(model, PcDEQ):
+        check_images(box.lower, model.in_chans, model.img_size)
+    return box
+
+
+def _parts(model: nn.Module, like: Tensor) -> list[tuple[str, nn.Module]]:
+    """Modules of a model of which something is to be proven, for inputs like that."""
+    modules = modules_in_order(model)
+    if training := [name for name, module in modules if module.training]:
         raise RuntimeError(
             f"the model is in training mode ({training[0]}): call model.eval(), or forward_with_margins to train it"
         )
-    for name, parameter in model.named_parameters():
-        if parameter.dtype != images.dtype or parameter.device != images.device:
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        if value.is_floating_point() and (value.dtype != like.dtype or value.device != like.device):
             raise TypeError(
-                f"images and parameters must have one dtype and device: {images.dtype} on {images.device}, and {name} "
-                f"is {parameter.dtype} on {parameter.device}"
+                f"images and parameters must have one dtype and device: {like.dtype} on {like.device}, and {name} is "
+                f"{value.dtype} on {value.device}"
             )
     return modules
 
 
-def interval_bounds(model: nn.Module, images: Tensor, eps: float, *, clip: bool = True) -> Box:
+def _classifier(modules: list[tuple[str, nn.Module]]) -> nn.Linear:
+    name, last = modules[-1]
+    if not isinstance(last, nn.Linear):
+        raise TypeError(f"a classifier must end in nn.Linear to have margins, this one ends in {name}, {last}")
+    return last
+
+
+def _labels(labels: Tensor, count: int, classes: int, device: torch.device) -> Tensor:
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
+    if labels.shape != (count,) or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(f"labels must be integers, shape ({count},); got {labels.dtype} of {tuple(labels.shape)}")
+    if count and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise ValueError(f"labels must be from 0 to {classes - 1}, got {labels.min()} to {labels.max()}")
+    return labels.to(device).long()
+
+
+def interval_bounds(model: nn.Module, images: Tensor | Box, eps: float | None = None, *, clip: bool = True) -> Box:
     """Bounds of all outputs of a model over all images near some: no output is outside of them. Differentiable.
 
     Each pcDEQ layer has its exact hull, from two certified solves (`PcDEQConv2d.hull`); each other module is exact on a
     box too. What makes the bounds loose is that a box forgets how its entries depend on each other.
 
     Args:
-        model: In evaluation mode: of the zoo, or an `nn.Sequential` of common modules and pcDEQ layers.
-        images: As the model takes them, shape (N, C, H, W), float32 or float64.
+        model: In evaluation mode: of the zoo, or an `nn.Sequential` of common modules and pcDEQ layers. A module of
+            another kind takes part by a method `hull` of its own.
+        images: As the model takes them, shape (N, C, H, W), float32 or float64; or what is near them, without eps.
         eps, clip: See `pixel_box`.
 
     Returns:
@@ -125,27 +184,11 @@ def interval_bounds(model: nn.Module, images: Tensor, eps: float, *, clip: bool 
     Raises:
         ValueError, TypeError, RuntimeError: An unsupported module, a model in training mode, bad images or eps.
     """
-    box = pixel_box(model, images, eps, clip)
-    modules = _check(model, images)
-    with full_precision(images.device):
-        for _, module in modules:
+    box = _near(model, images, eps, clip)
+    with full_precision(box.lower.device):
+        for _, module in _parts(model, box.lower):
             box = interval(module, box, _PROVEN)
     return box
-
-
-def _labels(labels: Tensor, count: int, classes: int) -> Tensor:
-    if labels.shape != (count,) or labels.dtype.is_floating_point or labels.dtype == torch.bool:
-        raise ValueError(f"labels must be integers, shape ({count},); got {labels.dtype} of {tuple(labels.shape)}")
-    if count and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-        raise ValueError(f"labels must be from 0 to {classes - 1}, got {labels.min()} to {labels.max()}")
-    return labels.long()
-
-
-def _classifier(modules: list[tuple[str, nn.Module]]) -> nn.Linear:
-    name, last = modules[-1]
-    if not isinstance(last, nn.Linear):
-        raise TypeError(f"a classifier must end in nn.Linear to have margins, this one ends in {name}, {last}")
-    return last
 
 
 def _margin_functional(classifier: nn.Linear, labels: Tensor) -> Functional:
@@ -173,12 +216,18 @@ def forward_with_margins(
     Returns:
         Logits (N, K), and bounds of logit[label] − logit[k], (N, K); `F.cross_entropy(-bounds, labels)` is the loss of
         interval training.
+
+    Raises:
+        ValueError, TypeError: As of `interval_bounds`, bad labels, or a dropout in training mode, which would drop
+            other units of each bound.
     """
-    modules = list(modules_in_order(model))
+    box, clean = _near(model, images, eps, clip), images
+    modules = modules_in_order(model)
     classifier = _classifier(modules)
-    labels = _labels(labels, len(images), classifier.out_features)
-    box, clean = pixel_box(model, images, eps, clip), images
-    for _, module in modules[:-1]:
+    labels = _labels(labels, len(images), classifier.out_features, images.device)
+    for name, module in modules[:-1]:
+        if isinstance(module, nn.Dropout) and module.training and module.p > 0:
+            raise ValueError(f"bounds and images would not share what {name}, {module}, drops; set its p to 0")
         box, clean = interval(module, box, clean=clean), module(clean)
     coefficients, constant = _margin_functional(classifier, labels)
     center = torch.einsum("nkf,nf->nk", coefficients, box.center)
@@ -186,12 +235,13 @@ def forward_with_margins(
     return classifier(clean), center - radius + constant
 
 
+@torch.inference_mode(False)  # in which the adjoints of its modules could not be computed
 @torch.no_grad()
 def certify(
     model: nn.Module,
-    images: Tensor,
+    images: Tensor | Box,
     labels: Tensor,
-    eps: float,
+    eps: float | None = None,
     *,
     method: Method = "linear",
     clip: bool = True,
@@ -203,7 +253,7 @@ def certify(
     Args:
         model: In evaluation mode: of the zoo, or an `nn.Sequential` of common modules and pcDEQ layers, that ends in
             `nn.Linear`.
-        images: As the model takes them, shape (N, C, H, W), float32 or float64.
+        images: As the model takes them, shape (N, C, H, W), float32 or float64; or what is near them, without eps.
         labels: Right labels, shape (N,).
         eps, clip: See `pixel_box`.
         method: "interval": intervals of all layers, and margins of the last one's inputs. "linear": for images that
@@ -219,49 +269,63 @@ def certify(
         raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    box = pixel_box(model, images, eps, clip)
-    modules = _check(model, images)
+    like = images.lower if isinstance(images, Box) else images
+    count, device = len(like), like.device
+    first = _near(model, _rows(images, slice(0, batch_size)), eps, clip)
+    modules = _parts(model, first.lower)
     classifier = _classifier(modules)
-    labels = _labels(labels, len(images), classifier.out_features)
-    margins = torch.empty(len(images), classifier.out_features, dtype=torch.float64, device=images.device)
+    labels = _labels(labels, count, classifier.out_features, device)
+    margins = torch.empty(count, classifier.out_features, dtype=torch.float64, device=device)
+    by_intervals = torch.empty(count, dtype=torch.bool, device=device)
     with (
-        full_precision(images.device),
-        tqdm(total=len(images), desc="certify", delay=2, disable=None if progress else True, leave=False) as bar,
+        full_precision(device),
+        tqdm(total=count, desc="certify", delay=2, disable=None if progress else True, leave=False) as bar,
     ):
-        for start in range(0, len(images), batch_size):
+        for start in range(0, count, batch_size):
             rows = slice(start, start + batch_size)
-            part = Box(box.lower[rows], box.upper[rows])
-            margins[rows] = _margins(modules, classifier, part, labels[rows], method)
-            bar.update(len(part.lower))
-    return Certification(margins, labels)
+            box = _near(model, _rows(images, rows), eps, clip) if start else first
+            margins[rows], by_intervals[rows] = _margins(modules, classifier, box, labels[rows], method)
+            bar.update(len(box.lower))
+    return Certification(margins, by_intervals, labels)
+
+
+def _rows(images: Tensor | Box, rows: slice) -> Tensor | Box:
+    return Box(images.lower[rows], images.upper[rows]) if isinstance(images, Box) else images[rows]
 
 
 def _margins(
     modules: list[tuple[str, nn.Module]], classifier: nn.Linear, box: Box, labels: Tensor, method: Method
-) -> Tensor:
-    """Proven margins on a box of images, shape (N, K), float64."""
+) -> tuple[Tensor, Tensor]:
+    """Proven margins on a box of images, shape (N, K), float64, and where intervals are enough, shape (N,), bool."""
+    if box.lower.ndim == 4:  # in which convolutions and pools are several times faster
+        box = Box(*(end.contiguous(memory_format=torch.channels_last) for end in box))
     boxes = [box]
     for _, module in modules[:-1]:
         boxes.append(interval(module, boxes[-1], _PROVEN))
     functional = _margin_functional(classifier, labels)
     functional = functional._replace(constant=functional.constant.double())
-    margins = least(functional, boxes[-1]).nan_to_num(-math.inf, math.inf, -math.inf)
-    own = labels[:, None]
-    open_ = (margins.scatter(1, own, math.inf).amin(1) <= 0).nonzero()[:, 0]
-    if method == "linear" and len(open_):
-        functional = Functional(*(part[open_] for part in functional))
-        ends = [Box(*(end[open_] for end in box)) for box in boxes]
+    margins = _proven(least(functional, boxes[-1]))
+    by_intervals = _least_margin(margins, labels) > 0
+    left = (~by_intervals).nonzero()[:, 0]
+    if method == "linear" and len(left):
+        functional = Functional(*(part[left] for part in functional))
+        ends = [Box(*(end[left] for end in box)) for box in boxes]
         for index in range(len(modules) - 2, -1, -1):
             functional = step_back(modules[index][1], functional, ends[index], ends[index + 1])
-        margins[open_] = torch.maximum(margins[open_], least(functional, ends[0]).nan_to_num(-math.inf))
-    return margins.scatter(1, own, 0.0)
+        margins[left] = torch.maximum(margins[left], _proven(least(functional, ends[0])))
+    return margins.scatter(1, labels[:, None], 0.0), by_intervals
+
+
+def _proven(margins: Tensor) -> Tensor:
+    """What is finite of them: a bound that overflowed is none."""
+    return margins.nan_to_num(-math.inf, -math.inf, -math.inf)
 
 
 def pgd(
     model: nn.Module,
-    images: Tensor,
+    images: Tensor | Box,
     labels: Tensor,
-    eps: float,
+    eps: float | None = None,
     *,
     clip: bool = True,
     steps: int = 50,
@@ -274,8 +338,9 @@ def pgd(
     2018, https://arxiv.org/abs/1706.06083). An upper bound of the robust accuracy, where `certify` has a lower one.
 
     Args:
-        model: In evaluation mode.
-        images, labels: As the model takes them, (N, C, H, W), and right labels (N,).
+        model: A classifier in evaluation mode.
+        images: As the model takes them, (N, C, H, W); or a `Box`, whose center is the first that is tried.
+        labels: Right labels, shape (N,).
         eps, clip: See `pixel_box`.
         steps: Gradients of each start.
         restarts: Starts.
@@ -283,22 +348,30 @@ def pgd(
 
     Returns:
         For each image the one with the least margin of all that were tried, itself included; of its shape.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: Bad images, labels or eps, or a model in training mode.
     """
-    box = pixel_box(model, images, eps, clip)
-    labels = labels.long()
-    width = (box.upper - box.lower) / 2
-    best, least_margin = images.clone(), _logit_margin(model(images).detach(), labels)
-    for _ in range(restarts):
-        x = box.lower + 2 * width * torch.rand(images.shape, generator=generator, dtype=images.dtype).to(images.device)
-        for step in range(steps + 1):
-            x = x.detach().requires_grad_()
-            margin = _logit_margin(model(x), labels)
-            better = margin.detach() < least_margin
-            best[better], least_margin[better] = x.detach()[better], margin.detach()[better]
-            if step < steps:
-                (gradient,) = torch.autograd.grad(margin.sum(), x)
-                size = (1 + math.cos(math.pi * step / steps)) / 2
-                x = torch.minimum(torch.maximum(x - size * width * gradient.sign(), box.lower), box.upper)
+    if model.training:
+        raise RuntimeError("the model is in training mode: call model.eval()")
+    with torch.inference_mode(False), torch.enable_grad():
+        box = Box(*(end.detach().clone() for end in _near(model, images, eps, clip, inner=True)))
+        best = box.center if isinstance(images, Box) else images.detach().clone()
+        width = (box.upper - box.lower) / 2
+        logits = model(best).detach()
+        labels = _labels(labels, len(best), logits.shape[1], best.device)
+        least_margin = _logit_margin(logits, labels)
+        for _ in range(restarts):
+            x = torch.rand(best.shape, generator=generator, dtype=best.dtype).to(best.device)
+            x = torch.lerp(box.lower, box.upper, x)
+            for step in range(steps + 1):
+                x = torch.minimum(torch.maximum(x.detach(), box.lower), box.upper).requires_grad_()
+                margin = _logit_margin(model(x), labels)
+                better = margin.detach() < least_margin
+                best[better], least_margin[better] = x.detach()[better], margin.detach()[better]
+                if step < steps:
+                    (gradient,) = torch.autograd.grad(margin.sum(), x)
+                    x = x - (1 + math.cos(math.pi * step / steps)) / 2 * width * gradient.sign()
     return best
 
 

@@ -231,7 +231,7 @@ class Training:
         loss = F.cross_entropy(logits, target, reduction="sum", label_smoothing=recipe.label_smoothing)
         if margins is not None:
             worst = F.cross_entropy(-margins.float(), target, reduction="sum")
-            loss = loss.lerp(worst, recipe.eps_weight * math.sqrt(eps / recipe.eps))
+            loss = loss.lerp(worst, recipe.eps_weight * eps / recipe.eps)
             kept = margins.scatter(1, target[:, None], math.inf).amin(1) > 0
             self.progress.add(certified=kept.sum().double())
         return logits, loss

@@ -24,7 +24,7 @@ from pcdeq_zoo import (
     pixel_box,
 )
 from pcdeq_zoo.data import normalize
-from pcdeq_zoo.intervals import interval
+from pcdeq_zoo.intervals import interval, modules_in_order
 from pcdeq_zoo.relaxations import Functional, least, step_back
 
 METHODS = ("interval", "linear")
@@ -117,7 +117,8 @@ MODULES = {
     "flatten": (nn.Flatten(), (3, 2, 2)),
     "relu": (nn.ReLU(), (40,)),
     "relu6": (nn.ReLU6(), (40,)),
-    "hardtanh": (nn.Hardtanh(), (40,)),
+    "hardtanh": (nn.Hardtanh(-0.3, 0.7), (40,)),
+    "relu in place": (nn.ReLU(inplace=True), (40,)),
     "softplus": (nn.Softplus(5), (40,)),
     "tanh": (nn.Tanh(), (40,)),
     "sigmoid": (nn.Sigmoid(), (40,)),
@@ -161,6 +162,7 @@ def values(functional: Functional, y: Tensor) -> Tensor:
 
 def test_bounds_of_a_module_hold_its_outputs_in_exact_arithmetic(module_and_shape):
     module, shape = module_and_shape
+    (_, module), *_ = modules_in_order(module)
     box = random_box(3, *shape)
     x = points(box, 300)
     y = exact(module, x)
@@ -186,6 +188,19 @@ def test_bounds_hold_where_rounding_is_all_there_is():
     y = exact(module, x[:, None])
     holds(box, y)
     assert ((box.upper - box.lower) < 1e-2 * y[:, 0].abs().amax()).all()
+
+
+def test_convolutions_by_other_algorithms_are_off_where_rounding_counts():
+    """Without oneDNN PyTorch takes NNPACK, whose Winograd convolutions round more than any order of a plain sum."""
+    model = nn.Sequential(nn.Conv2d(1, 8, 1), nn.Softplus(), nn.Conv2d(8, 2, 3)).eval()
+    x = torch.rand(16, 1, 34, 34)
+    exact_outputs = exact(model, x[:, None])
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        bounds = interval_bounds(model, x, 0.0)
+    finally:
+        torch._C._set_mkldnn_enabled(True)
+    holds(bounds, exact_outputs)
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])
@@ -245,12 +260,44 @@ def test_nothing_certified_falls_to_an_attack(method: str, digits):
     model, (x, y) = net(), digits
     for eps in (0.005, 0.02):
         certified = certify(model, x, y, eps, method=method).certified
-        found = [pgd(model, x, y, eps, steps=20, restarts=2), *corner_attacks(model, x, y, eps)]
+        found = [pgd(model, x, y, eps, steps=20, restarts=2), apgd(model, x, y, eps), *corner_attacks(model, x, y, eps)]
         with torch.no_grad():
             for images in found:
                 assert (model(images).argmax(1) == y)[certified].all()
         if method == "linear":
             assert certified.float().mean() > 0.2
+
+
+def apgd(model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int = 30) -> Tensor:
+    """Like Auto-PGD (Croce and Hein, ICML 2020): momentum, and half the step from the best point where it stalls."""
+    box = pixel_box(model, x, eps)
+    width = (box.upper - box.lower) / 2
+
+    def margin(x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.detach().requires_grad_()
+        logits = model(x)
+        others = logits.scatter(1, y[:, None], -math.inf).amax(1)
+        value = logits.gather(1, y[:, None])[:, 0] - others
+        return value.detach(), torch.autograd.grad(value.sum(), x)[0]
+
+    best, before, size = x.clone(), x.clone(), torch.full((len(x), 1, 1, 1), 2.0)
+    least_margin, gradient = margin(x)
+    won = torch.zeros(len(x))
+    for step in range(1, steps + 1):
+        plain = x - size * width * gradient.sign()
+        moved = x + 0.75 * (plain - x) + 0.25 * (x - before)
+        before, x = x, torch.minimum(torch.maximum(moved, box.lower), box.upper)
+        value, gradient = margin(x)
+        better = value < least_margin
+        best[better], least_margin[better] = x[better], value[better]
+        won += better
+        if step % 6 == 0:
+            stalled = won < 4
+            size[stalled] /= 2
+            x = torch.where(stalled[:, None, None, None], best, x)
+            value, gradient = margin(x)
+            won.zero_()
+    return best
 
 
 def corner_attacks(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> list[Tensor]:
@@ -439,6 +486,169 @@ def test_bad_input_is_told_in_one_line(change: dict, error: type[Exception], mes
     }
     with pytest.raises(error, match=message):
         certify(**arguments)
+
+
+class Residual(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+class Minus(PcDEQLinear):
+    def forward(self, u: Tensor) -> Tensor:
+        return 1 - super().forward(u)
+
+
+def with_hook() -> nn.Module:
+    module = nn.Linear(4, 4)
+    module.register_forward_hook(lambda module, inputs, output: -output)
+    return module
+
+
+def with_forward() -> nn.Module:
+    module = nn.Linear(4, 4)
+    module.forward = lambda x: -x
+    return module
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        Residual(nn.Linear(4, 4)),
+        Minus(4),
+        with_hook(),
+        with_forward(),
+        nn.utils.spectral_norm(nn.Linear(4, 4)),
+        nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
+        nn.Softplus(beta=-1),
+        nn.Softplus(threshold=1),
+        nn.Flatten(2),
+        nn.BatchNorm1d(4, track_running_stats=False),
+        nn.Sequential(nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect")),
+        nn.MaxPool2d(2, return_indices=True),
+        nn.AvgPool2d(2, divisor_override=-1),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_a_module_that_computes_something_else_is_refused(module: nn.Module):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), module, nn.Linear(4, 2)).eval()
+    with pytest.raises(TypeError, match=r"there are no bounds of 2"):
+        interval_bounds(model, torch.rand(1, 1, 2, 2), 0.1)
+    with pytest.raises(TypeError, match="the model is an empty"):
+        interval_bounds(nn.Sequential(), torch.rand(1, 1, 2, 2), 0.1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_module_that_is_used_twice_counts_twice(method: str):
+    relu = nn.ReLU(inplace=True)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(1, 1), relu, nn.Linear(1, 1), relu, nn.Linear(1, 2)).eval()
+    with torch.no_grad():
+        values = ([[1.0]], [-1.0], [[1.0]], [-1.0], [[1.0], [-1.0]], [-0.1, 0.1])
+        for parameter, value in zip(model.parameters(), values, strict=True):
+            parameter.copy_(torch.tensor(value))
+    x = torch.rand(1, 1, 1, 1)
+    with torch.no_grad():
+        (label,) = model(x).argmax(1)
+    assert certify(model, x, torch.tensor([int(label)]), 0.1, method=method).certified
+    assert not certify(model, x, torch.tensor([1 - int(label)]), 0.1, method=method).certified
+
+
+def test_what_overflows_proves_nothing():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(7, 1), nn.Tanh(), nn.Linear(1, 2)).eval()
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([[3e38, 3e38, 3e38, -3e38, -3e38, -3e38, -3e38]]))
+        model[1].bias.zero_()
+        model[3].weight.copy_(torch.tensor([[1.0], [-1.0]]))
+        model[3].bias.zero_()
+    for label in (0, 1):
+        for method in METHODS:
+            assert not certify(
+                model, torch.full((1, 1, 1, 7), 0.99), torch.tensor([label]), 0.01, method=method
+            ).certified
+
+
+def test_softplus_is_bounded_where_the_library_has_it_jump_and_round():
+    for module, dtype in (
+        (nn.Softplus(5), torch.float32),
+        (nn.Softplus(30), torch.float32),
+        (nn.Softplus(), torch.float64),
+    ):
+        x = torch.cat([torch.linspace(-25, 25, 40_001), torch.linspace(19.9, 20.1, 2001)]).to(dtype) / module.beta
+        outputs = interval(module, Box(x, x))
+        y = torch.logaddexp(module.beta * x.double(), torch.zeros(())) / module.beta
+        assert ((outputs.lower <= y) & (y <= outputs.upper)).all()
+
+
+def test_a_box_of_ones_own(digits):
+    model, (x, y) = net(), digits
+    box = pixel_box(model, x, 0.01)
+    assert torch.equal(certify(model, box, y).margins, certify(model, x, y, 0.01).margins)
+    assert torch.equal(interval_bounds(model, box).upper, interval_bounds(model, x, 0.01).upper)
+    frame = torch.ones(28, 28)
+    frame[4:-4, 4:-4] = 0
+    patch = Box(x, x + frame * (1 - x))
+    certified = certify(model, patch, y).certified
+    attacked = pgd(model, patch, y, steps=20)
+    assert ((attacked == x) | (frame > 0)).all()
+    with torch.no_grad():
+        assert (model(attacked).argmax(1) == y)[certified].all()
+    for bad, message in (
+        ((box, 0.1), "leave eps out, got 0.1"),
+        ((x, None), "give eps"),
+        ((Box(x + 1, x), None), "lower ≤ upper"),
+        ((Box(x - math.inf, x), None), "finite ends"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            certify(model, bad[0], y, bad[1])
+
+
+def test_an_attack_stays_in_the_ball_and_leaves_no_trace(digits):
+    model, (x, y) = net(), digits
+    with torch.inference_mode():
+        attacked = pgd(model, x, y, 0.05, steps=5, restarts=2)
+        assert certify(model, x, y, 0.02).certified.any()
+    assert not attacked.requires_grad
+    assert ((attacked.double() - x.double()).abs() <= 0.05).all()
+    assert (attacked >= 0).all()
+    assert (attacked <= 1).all()
+    assert torch.equal(pgd(model, x, y, 0.0, steps=1), x)
+    with pytest.raises(RuntimeError, match="training mode"):
+        pgd(net().train(), x, y, 0.1)
+    with pytest.raises(ValueError, match="labels must be integers"):
+        pgd(model, x, y.float(), 0.1)
+
+
+def test_an_image_at_the_end_of_the_pixel_range():
+    model = timm.create_model("pcdeq1_l_tanh_mnist").eval()
+    box = pixel_box(model, torch.full((1, 1, 28, 28), 1.000009), 0.0)
+    assert (box.lower <= box.upper).all()
+
+
+def test_images_of_other_channels_than_the_config():
+    model = timm.create_model("pcdeq1_mc_tanh_svhn").eval()
+    with pytest.raises(ValueError, match="normalises 3 channels, and images have 1"):
+        certify(model, torch.zeros(1, 1, 32, 32), torch.tensor([0]), 0.1)
+    grey = timm.create_model("pcdeq1_mc_tanh_svhn", in_chans=1).eval()
+    box = Box(torch.zeros(1, 1, 32, 32), torch.full((1, 1, 32, 32), 1e-3))
+    assert interval_bounds(grey, box).lower.isfinite().all()
+    with pytest.raises(ValueError, match="this model takes"):
+        interval_bounds(grey, Box(*(end[:, :, 2:] for end in box)))
+
+
+def test_dropout_cannot_be_shared_by_bounds():
+    model = timm.create_model("pcdeq1_l_tanh_mnist", drop_rate=0.5)
+    x, y = torch.rand(4, 1, 28, 28), torch.arange(4)
+    with pytest.raises(ValueError, match="set its p to 0"):
+        forward_with_margins(model.train(), x, y, 0.1)
+    forward_with_margins(model.eval(), x, y, 0.1)
+
+
+def test_the_hull_of_no_box():
+    layer = PcDEQLinear(3)
+    for ends in ((torch.ones(2, 3), torch.zeros(2, 3)), (torch.zeros(2, 3), torch.zeros(1, 3))):
+        with pytest.raises(ValueError, match="a box needs two ends of one shape, lower ≤ upper"):
+            layer.hull(*ends)
+    with pytest.raises(TypeError, match="solver must be a Solver"):
+        layer.hull(torch.zeros(2, 3), torch.ones(2, 3), "certified")
 
 
 def test_no_images_are_no_trouble():

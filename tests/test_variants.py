@@ -73,7 +73,7 @@ def test_settings_outside_their_limits(settings: dict, message: str):
 
 def test_eps_rises_to_its_end_and_stays():
     recipe = Recipe(8, 1e-3, 0.0, eps=0.1, eps_ramp=0.5)
-    assert [round(recipe.eps_after(passes), 6) for passes in (0, 1, 2, 4, 7.9)] == [0, 0.00625, 0.025, 0.1, 0.1]
+    assert [round(recipe.eps_after(passes), 6) for passes in (0, 1, 2, 4, 7.9)] == [0, 0.025, 0.05, 0.1, 0.1]
     assert Recipe(8, 1e-3, 0.0, eps=0.1, eps_ramp=0).eps_after(0) == 0.1
     assert {tag: recipe.eps for tag, recipe in VARIANTS["pcdeq1_mc_tanh_mnist"].recipes.items()} == {
         "paper": 0,

@@ -33,6 +33,10 @@ def test_readme_examples_run():
     ("name", "said"),
     [
         ("own_net", r"accuracy (8[5-9]|9\d)\.\d % on 400 test images\nlayer 2: .* at most (1\.0e-03|\d\.\de-0[4-9])"),
+        (
+            "certified_robustness",
+            r"^a 7 within ±0\.05 .*: proven, by a margin of \d\.\d\d; .*\n(.*\n)+7 +[─●]+ +\d\.\d\d",
+        ),
         ("certified_digit", r"a 7, taken for a 7 with 9\d\.\d %\n(deq\d: .* unit proven within \d\.\de-04 .*\n){3}$"),
     ],
 )

@@ -40,9 +40,14 @@ def _has_own_hull(module: nn.Module) -> bool:
     return found["hull"] is not None and found["forward"] is not None and issubclass(found["hull"], found["forward"])
 
 
+def _is_plain(module: nn.Module) -> bool:
+    """Whether nothing of this one instance changes what its class computes."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
 def _why_not(module: nn.Module) -> str:
     """Why there are no bounds of a module, or nothing. A subclass may compute something else than its base."""
-    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+    if not _is_plain(module):
         return "it has hooks, or a forward of its own"
     if _has_own_hull(module):
         return ""
@@ -85,12 +90,11 @@ def modules_in_order(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _modules(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    has_hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    if type(module) is PcDEQ and type(module.head) is PcDEQHead and not has_hooks:
+    if type(module) is PcDEQ and type(module.head) is PcDEQHead and _is_plain(module) and _is_plain(module.head):
         yield from _modules(module.features, "features")
         for part in _HEAD:
             yield from _modules(getattr(module.head, part), f"head.{part}")
-    elif type(module).forward is nn.Sequential.forward and not has_hooks:
+    elif type(module).forward is nn.Sequential.forward and _is_plain(module):
         for part, child in module._modules.items():  # not named_children, which leaves out what comes again
             if child is not None:
                 yield from _modules(child, f"{name}.{part}".strip("."))

@@ -73,8 +73,8 @@ def precision_switches() -> list[Switch]:
     backends: Any = torch.backends
     nnpack = Switch(_Nnpack(), "value", False)
     if not hasattr(backends.mkldnn, "conv"):
-        return [nnpack, Switch(_MatmulPrecision(), "value", "highest"), Switch(backends.cudnn, "allow_tf32", False)]
+        return [Switch(_MatmulPrecision(), "value", "highest"), Switch(backends.cudnn, "allow_tf32", False), nnpack]
     owners = [backends.mkldnn.conv, backends.mkldnn.matmul]
     if torch.cuda.is_available():
         owners += [backends.cudnn.conv, backends.cuda.matmul]
-    return [nnpack, *(Switch(owner, "fp32_precision", "ieee") for owner in owners)]
+    return [*(Switch(owner, "fp32_precision", "ieee") for owner in owners), nnpack]

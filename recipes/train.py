@@ -195,7 +195,7 @@ class Training:
         steps = batches(len(self.images), size, self.least, self.config.seed, self.progress.epoch)
         return [step.to(self.images.device) for step in steps]
 
-    def step(self, indices: Tensor, eps: float) -> None:
+    def step(self, indices: Tensor, eps: float = 0.0) -> None:
         """One optimizer step on the images of all processes, as one process would do it."""
         accelerator, recipe, progress = self.accelerator, self.recipe, self.progress
         self.optimizer.zero_grad()

@@ -22,10 +22,10 @@ def interrupted(tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("interrupted") / "run"
     step = train.Training.step
 
-    def fail(training: train.Training, indices: torch.Tensor) -> None:
+    def fail(training: train.Training, indices: torch.Tensor, eps: float) -> None:
         if (training.progress.epoch, training.progress.step) == (2, 4):
             raise KeyboardInterrupt
-        step(training, indices)
+        step(training, indices, eps)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.Training, "step", fail)

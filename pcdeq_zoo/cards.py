@@ -153,7 +153,8 @@ def _evaluation(checkpoint: Checkpoint, repository: str, tag: str) -> list[EvalR
         "source_name": f"pcdeq_zoo {__version__}, results.csv",
         "source_url": f"https://huggingface.co/{repository}/blob/{tag}/results.csv",
     }
-    accuracy = f"Top-1 (float32, certified solves, n={row['n']})"
+    trained = f", trained on {_training_images(checkpoint)} images" if checkpoint.recipe.images else ""
+    accuracy = f"Top-1 (float32, certified solves, n={row['n']}{trained})"
     return [
         EvalResult(
             metric_type="accuracy", metric_value=round(checkpoint.top1 / 100, 6), metric_name=accuracy, **shared

@@ -243,8 +243,9 @@ def _interval(module: nn.Module, box: Box, solver: Solver | None, clean: Tensor 
     hull: Any = getattr(module, "hull", None)
     if hull is not None:
         return Box(*hull(*box, solver))
-    form = None if isinstance(module, _MEANS) else affine(module, box.lower, clean)
-    if form is not None and not isinstance(module, _EXACT):
+    if isinstance(module, _AFFINE):
+        form = affine(module, box.lower, clean)
+        assert form is not None
         return form.interval(box)
     outputs = Box(module(box.lower), module(box.upper))
     if isinstance(module, _SMOOTH):

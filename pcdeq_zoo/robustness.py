@@ -21,7 +21,17 @@ from pcdeq_zoo.pcdeq import PcDEQ, check_images
 from pcdeq_zoo.relaxations import Functional, least, step_back
 from pcdeq_zoo.solver import Solver
 
-__all__ = ["Box", "Certification", "Method", "certify", "forward_with_margins", "interval_bounds", "pgd", "pixel_box"]
+__all__ = [
+    "Box",
+    "Certification",
+    "Method",
+    "certify",
+    "forward_with_margins",
+    "interval_bounds",
+    "least_margin",
+    "pgd",
+    "pixel_box",
+]
 
 Method = Literal["interval", "linear"]
 
@@ -48,7 +58,7 @@ class Certification:
     @property
     def margin(self) -> Tensor:
         """The least margin to another class, shape (N,)."""
-        return _least_margin(self.margins, self.labels)
+        return least_margin(self.margins, self.labels)
 
     @property
     def certified(self) -> Tensor:
@@ -56,7 +66,8 @@ class Certification:
         return self.margin > 0
 
 
-def _least_margin(margins: Tensor, labels: Tensor) -> Tensor:
+def least_margin(margins: Tensor, labels: Tensor) -> Tensor:
+    """The least of margins (N, K) to another class than the label, shape (N,)."""
     return margins.scatter(1, labels[:, None], math.inf).amin(1)
 
 
@@ -305,7 +316,7 @@ def _margins(
     functional = _margin_functional(classifier, labels)
     functional = functional._replace(constant=functional.constant.double())
     margins = _proven(least(functional, boxes[-1]))
-    by_intervals = _least_margin(margins, labels) > 0
+    by_intervals = least_margin(margins, labels) > 0
     left = (~by_intervals).nonzero()[:, 0]
     if method == "linear" and len(left):
         functional = Functional(*(part[left] for part in functional))

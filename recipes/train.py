@@ -56,6 +56,7 @@ from tqdm import tqdm
 from pcdeq_zoo import DataError, PcDEQLinear, Recipe, WeightsError, forward_with_margins, record_solves
 from pcdeq_zoo.data import load, normalize
 from pcdeq_zoo.files import replace_file, weights_bytes
+from pcdeq_zoo.robustness import least_margin
 from pcdeq_zoo.state_dict import check_state_dict
 from pcdeq_zoo.weights import read_rows, sha256
 
@@ -195,7 +196,7 @@ class Training:
         steps = batches(len(self.images), size, self.least, self.config.seed, self.progress.epoch)
         return [step.to(self.images.device) for step in steps]
 
-    def step(self, indices: Tensor, eps: float = 0.0) -> None:
+    def step(self, indices: Tensor, eps: float) -> None:
         """One optimizer step on the images of all processes, as one process would do it."""
         accelerator, recipe, progress = self.accelerator, self.recipe, self.progress
         self.optimizer.zero_grad()
@@ -232,8 +233,7 @@ class Training:
         if margins is not None:
             worst = F.cross_entropy(-margins.float(), target, reduction="sum")
             loss = loss.lerp(worst, recipe.eps_weight * eps / recipe.eps)
-            kept = margins.scatter(1, target[:, None], math.inf).amin(1) > 0
-            self.progress.add(certified=kept.sum().double())
+            self.progress.add(certified=(least_margin(margins, target) > 0).sum().double())
         return logits, loss
 
     def _check_loss(self) -> None:

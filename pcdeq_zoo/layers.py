@@ -397,6 +397,8 @@ class _PcDEQLayer(TraceableLoop):
             least = (least * (1 - shares[0])).masked_fill(~(shares[0] < 1), 0.0)
             largest = (largest * (1 + shares[1])).masked_fill(~shares[1].isfinite(), self.supremum)
             largest = largest.clamp(max=self.supremum)
+        # The ends of a narrow box are nearer to each other than solves to a tolerance are to the equilibria.
+        least, largest = torch.minimum(least, largest), torch.maximum(least, largest)
         return least.reshape(lower.shape), largest.reshape(upper.shape)
 
     def extra_repr(self) -> str:

@@ -129,6 +129,16 @@ MODULES = {
 }
 
 
+def test_a_hull_of_a_narrow_box_by_loose_solves_has_its_ends_in_order():
+    torch.manual_seed(0)
+    layer = PcDEQConv2d(8, "tanh", solver=Solver(stop="estimated", tol=1e-2))
+    layer.set_weight(torch.rand(8, 8, 3, 3) * 0.05)
+    u = torch.randn(64, 8, 7, 7) * 2
+    assert (layer(u) > layer(u + 1e-4)).any()  # what the tolerance is larger than
+    lower, upper = layer.hull(u, u + 1e-4)
+    assert (lower <= upper).all()
+
+
 @pytest.fixture(params=list(MODULES))
 def module_and_shape(request) -> tuple[nn.Module, tuple[int, ...]]:
     module, shape = MODULES[request.param]

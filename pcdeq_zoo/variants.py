@@ -159,8 +159,9 @@ _L_ROBUST = {"robust_0.1": replace(_ROBUST, epochs=20, lr=2e-2, eps=0.1)}
 _MC_ROBUST = {f"robust_{eps}": replace(_ROBUST, epochs=10, eps=eps) for eps in (0.1, 0.3)}
 _CIFAR_ROBUST = {"robust_8_255": replace(_ROBUST, epochs=16, eps=8 / 255, flip=True)}
 
-# For the digits of SVHN that could be had: more passes, and crops, but no flips.
-_FIRST = {"zoo4434": replace(_ZOO, epochs=60, crop_padding=2, images=4434)}
+# For the digits of SVHN that could be had: more passes, and crops, but no flips. MC-ReLU6 had 87.6 % of the last 434,
+# and 86.9 in 60 epochs with crops by 2, 86.6 in 40 with crops by 4.
+_FIRST = {"zoo4434": replace(_ZOO, epochs=30, crop_padding=3, images=4434)}
 
 _MNIST, _SVHN, _CIFAR = DATASETS["mnist"], DATASETS["svhn"], DATASETS["cifar"]
 

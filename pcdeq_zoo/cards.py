@@ -27,7 +27,7 @@ _INPUTS = {
 
 _REMARKS = {"cifar": " The copy of CIFAR-10 that was used has 155 training and 34 test images\nthat went through JPEG."}
 
-_CRITERIA = {
+_CRITERIA: dict[str | None, str] = {
     "residual": "a relative change",
     "estimated": "an estimated relative error",
     "certified": "a proven relative error",

@@ -48,8 +48,9 @@ class Recipe:
     propagation, Gowal et al., ICCV 2019, https://arxiv.org/abs/1810.12715); see `pcdeq_zoo.forward_with_margins`. Their
     share of the loss rises with eps.
 
-    The learning rate is constant until it drops once, where `lr_decay_epoch` says when. Else it goes through one cycle:
-    a cosine up from lr / 25 over the share `warmup` of the epochs, and another one down to zero.
+    Where `lr_decay_epoch` is given the learning rate is constant until it drops after so many epochs, and again after
+    as many. Else it goes through one cycle: a cosine up from lr / 25 over the share `warmup` of the epochs, and another
+    one down to zero.
 
     Raises:
         ValueError: A setting outside its limits.
@@ -61,12 +62,14 @@ class Recipe:
     batch_size: int = setting("images per forward, over all processes", 64, above=0, below=2**20)
     crop_padding: int = setting("black pixels around an image before a random crop; 0: none", 0, at_least=0, below=32)
     flip: bool = setting("mirror every other image, at random", False)
-    lr_decay_epoch: int | None = setting("epoch after which the learning rate drops; none for one cycle", None, above=0)
+    lr_decay_epoch: int | None = setting(
+        "epochs after which the learning rate drops; none for one cycle", None, above=0
+    )
     lr_decay_factor: float = setting("what it is multiplied by then", 0.1, above=0)
     warmup: float = setting("share of the epochs in which the one cycle rises", 0.25, above=0, below=1)
     label_smoothing: float = setting("probability that is spread over all classes", 0.0, at_least=0, below=1)
     ema_decay: float = setting("of the average of the weights that is saved; 0: none", 0.0, at_least=0, below=1)
-    stop: Stop = setting("criterion of the solves, see `Solver`", "residual")
+    stop: Stop | None = setting("criterion of the solves, see `Solver`; none for models that have but one", "residual")
     tol: float = setting("tolerance of the solves", 1e-4, above=0)
     images: int | None = setting("take the first so many training images only", None, above=0, below=2**31)
     eps: float = setting(
@@ -94,7 +97,7 @@ class Recipe:
     def learning_rate(self, passes: float) -> float:
         """Learning rate after so many passes over the training set, 0 ≤ passes ≤ epochs."""
         if self.lr_decay_epoch is not None:
-            return self.lr * (self.lr_decay_factor if passes >= self.lr_decay_epoch else 1.0)
+            return self.lr * self.lr_decay_factor ** (passes // self.lr_decay_epoch)
         rise = self.warmup * self.epochs
         if passes < rise:
             return self.lr * (1 / 25 + (1 - 1 / 25) * (1 - math.cos(math.pi * passes / rise)) / 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, fields, replace
 from pathlib import Path
@@ -21,10 +22,17 @@ class Config:
     recipe: str = setting("paper, zoo, ... (default: that of the model's default checkpoint)")
     output: Path = setting("folder of the run (default: runs/<model>.<recipe>)")
     data: str | None = setting("folder, 'sample' or 'hub' (default: below $PCDEQ_ZOO_DATA, else the Hub)", None)
+    module: str | None = setting("import this first: it registers models with timm, and has VARIANTS of its own", None)
     resume: str | None = setting(
         "go on from the newest state of --output, or from STATE", None, nargs="?", const="latest", metavar="STATE"
     )
     save_every: int | None = setting("save the state also within epochs", None, above=0, below=2**31, metavar="STEPS")
+    minutes: float | None = setting(
+        "train for so long, whatever epochs get done; the recipe's schedule is stretched over it", None, above=0
+    )
+    log_every: int | None = setting(
+        "write a line to steps.jsonl, too, every so many steps", None, above=0, below=2**31, metavar="STEPS"
+    )
     grad_accum: int = setting("forwards per optimizer step", 1, above=0, below=2**20, metavar="N")
     mixed_precision: Literal["no", "bf16"] | None = setting(
         "equilibria are solved in float32 (default: accelerate's)", None
@@ -46,6 +54,21 @@ class Config:
         return VARIANTS[self.model]
 
 
+def import_module(name: str) -> None:
+    """Import a module that registers models with timm, and add its VARIANTS to those of the zoo, for this process.
+
+    Raises:
+        SystemExit: There is no such module, or one without VARIANTS, or with names that the zoo has.
+    """
+    try:
+        others = importlib.import_module(name).VARIANTS
+    except (ImportError, AttributeError) as error:
+        raise SystemExit(f"--module {name}: {error}; wanted a module with VARIANTS, see PYTHONPATH") from error
+    if taken := [key for key in others if VARIANTS.get(key, others[key]) is not others[key]]:
+        raise SystemExit(f"--module {name}: the zoo has a {taken[0]} of its own")
+    VARIANTS.update(others)
+
+
 def parse(description: str | None, arguments: Sequence[str] | None = None) -> tuple[Config, Recipe]:
     """The config and the recipe that a command line asks for; ends with a line about a flag that is wrong."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -53,6 +76,8 @@ def parse(description: str | None, arguments: Sequence[str] | None = None) -> tu
     _add_flags(parser.add_argument_group("recipe", "By default what pcdeq_zoo.VARIANTS[model].recipes says."), Recipe)
     given = vars(parser.parse_args(arguments))
 
+    if module := given.get("module"):
+        import_module(module)
     if (model := given["model"]) not in VARIANTS:
         parser.error(f"unknown model {model}; the zoo has {', '.join(VARIANTS)}")
     tag = given.setdefault("recipe", VARIANTS[model].default_recipe)

@@ -146,7 +146,10 @@ def measure_run(run: Path, data: str | None, device: torch.device) -> dict[str, 
         log = [json.loads(line) for line in (run / "log.jsonl").read_text("utf-8").splitlines()]
         known = {
             "model": f"{variant.name}.{settings['tag']}",
-            "epochs": settings["recipe"]["epochs"],
+            # Where the time was given, what was done in it.
+            "epochs": round(sum(line["images"] for line in log) / settings["images"], 2)
+            if settings.get("minutes")
+            else settings["recipe"]["epochs"],
             "seed": settings["seed"],
             "commit": settings["commit"],
             "hardware": settings["hardware"],
@@ -155,7 +158,8 @@ def measure_run(run: Path, data: str | None, device: torch.device) -> dict[str, 
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SystemExit(f"{run} is not what train.py wrote: {type(error).__name__}: {error}") from error
     overlay = {"file": str(run / "model.safetensors")}
-    model = timm.create_model(variant.name, pretrained=True, stop="certified", pretrained_cfg_overlay=overlay)
+    stop = settings["recipe"]["stop"] and "certified"  # models that have but one criterion prove nothing
+    model = timm.create_model(variant.name, pretrained=True, stop=stop, pretrained_cfg_overlay=overlay)
     model.to(device)
     images, labels = load(variant.dataset, split, data)
     measured = evaluate(model, variant.dataset, images[part], labels[part])

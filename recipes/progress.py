@@ -20,6 +20,7 @@ class Progress:
         self.epoch = 1
         self.step = 0  # optimizer steps of this epoch
         self.updates = 0  # of all epochs
+        self.seconds = 0.0  # of all epochs
         self._sums: dict[str, float | Tensor] = {}
 
     @property
@@ -58,6 +59,7 @@ class Progress:
             **({"train_certified": round(_certified(sums), 3)} if "certified" in sums else {}),
             "evaluations": _evaluations(sums),
             "unconverged": int(sums["unconverged"]),
+            "images": int(sums["images"]),
             "seconds": round(sums["seconds"], 1),
         }
 
@@ -76,11 +78,12 @@ class Progress:
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, as JSON can have it."""
-        return {"epoch": self.epoch, "step": self.step, "updates": self.updates, "sums": self.sums}
+        return {name: getattr(self, name) for name in ("epoch", "step", "updates", "seconds", "sums")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to what `state_dict` gave."""
         self.epoch, self.step, self.updates = (int(state[key]) for key in ("epoch", "step", "updates"))
+        self.seconds = float(state["seconds"])
         self.sums = {key: float(value) for key, value in state["sums"].items()}
 
 

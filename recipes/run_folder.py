@@ -2,6 +2,7 @@
 
     run.json                    the settings, written once
     log.jsonl                   a line per epoch
+    steps.jsonl                 with --log-every, a line every so many steps
     state/epoch-0002-step-…/    the newest state: tensors as safetensors, the rest as JSON, digests.json over all
     model.safetensors           the result, when the run is finished; then there is no state any more
 

@@ -6,8 +6,8 @@
     accelerate launch recipes/train.py --model pcdeq1_l_tanh_mnist --data sample --epochs 4
 
 Trains on the whole training set, and looks at the test set once, after the last epoch. Writes to --output: run.json
-(the settings), log.jsonl (a line per epoch), state/ (what --resume needs, until the run is finished), and in the end
-model.safetensors and results.csv (the row that a checkpoint ships with).
+(the settings), log.jsonl (a line per epoch), steps.jsonl (with --log-every), state/ (what --resume needs, until the run
+is finished), and in the end model.safetensors and results.csv (the row that a checkpoint ships with).
 
 Two processes on CPUs, which give what one gives, up to rounding:
 
@@ -142,7 +142,10 @@ class Training:
         self.least = max(2, accelerator.num_processes)  # images in a batch
 
         set_seed(config.seed)
-        self.model = timm.create_model(config.model, stop=recipe.stop, tol=recipe.tol)
+        try:
+            self.model = timm.create_model(config.model, stop=recipe.stop, tol=recipe.tol)
+        except ImportError as error:  # of what a module of others needs
+            raise SystemExit(str(error)) from error
         if accelerator.num_processes > 1:
             self.model = synchronize_batch_norm(self.model, accelerator.device)
         # Copied before `prepare` changes the model's forward, and moved to where it moves the model.
@@ -158,37 +161,51 @@ class Training:
     def run(self) -> None:
         """Train from where it is to the end."""
         progress = self.progress
-        while progress.epoch <= self.recipe.epochs:
+        while not self.is_done():
             steps = self.steps()
             self.prepared.train()
-            start = time.perf_counter()
+            self._clock, self._logged = time.perf_counter(), progress.sums
             with self._bar(len(steps)) as bar:
-                while progress.step < len(steps):
-                    passes = progress.epoch - 1 + progress.step / len(steps)
+                while progress.step < len(steps) and not self.is_done():
+                    passes = self.passes(len(steps))
                     for group in self.optimizer.param_groups:
                         group["lr"] = self.recipe.learning_rate(passes)
                     self.step(steps[progress.step], self.recipe.eps_after(passes))
                     progress.step += 1
+                    self._count_time()
                     bar.update()
                     if progress.step % 20 == 0:  # not more often: a GPU is waited for
                         self._check_loss()
                         bar.set_postfix(progress.summary(), refresh=False)
+                    if self.config.log_every and progress.step % self.config.log_every == 0:
+                        self._log_steps()
                     if self.launcher.is_gone():
                         if self.accelerator.num_processes == 1:  # others may be at another step, and cannot be asked
-                            self._count_time(start)
                             self.save()
                         raise SystemExit("accelerate launch was ended, and so is this; --resume goes on")
                     every = self.config.save_every
                     if every and progress.step % every == 0 and progress.step < len(steps):
-                        start = self._count_time(start)
                         self.save()
-            self._count_time(start)
             self._check_loss()
             progress.sums = sum_over_processes(self.accelerator, progress.sums)
             if self.accelerator.is_main_process:
                 self._log()
+            if progress.step < len(steps):
+                break  # the time is up
             progress.next_epoch()
             self.save()
+
+    def is_done(self) -> bool:
+        """Whether all epochs are done, or the time is up."""
+        if self.config.minutes is not None:
+            return self.progress.seconds >= 60 * self.config.minutes
+        return self.progress.epoch > self.recipe.epochs
+
+    def passes(self, steps: int) -> float:
+        """How far the recipe's schedule has come, in its epochs; `steps` per epoch."""
+        if self.config.minutes is not None:
+            return self.recipe.epochs * min(1.0, self.progress.seconds / (60 * self.config.minutes))
+        return self.progress.epoch - 1 + self.progress.step / steps
 
     def steps(self) -> list[Tensor]:
         """Indices of the images of each optimizer step of the epoch, where the images are."""
@@ -256,15 +273,29 @@ class Training:
         return tqdm(
             total=steps,
             initial=self.progress.step,
-            desc=f"epoch {self.progress.epoch}/{self.recipe.epochs}",
+            desc=f"epoch {self.progress.epoch}" + ("" if self.config.minutes else f"/{self.recipe.epochs}"),
             leave=False,
             disable=not self.accelerator.is_main_process,
         )
 
-    def _count_time(self, start: float) -> float:
+    def _count_time(self) -> None:
+        """Count what has passed since the last time."""
         now = time.perf_counter()
-        self.progress.add(seconds=(now - start) * self.accelerator.is_main_process)
-        return now
+        passed, self._clock = now - self._clock, now
+        self.progress.seconds += passed
+        self.progress.add(seconds=passed * self.accelerator.is_main_process)
+
+    def _log_steps(self) -> None:
+        """A line on the steps since the last one, as the first process has seen them."""
+        if not self.accelerator.is_main_process:
+            return
+        progress, sums = self.progress, self.progress.sums
+        loss, correct, images = (sums[key] - self._logged.get(key, 0.0) for key in ("loss", "correct", "images"))
+        self._logged = sums
+        line = {"epoch": progress.epoch, "step": progress.step, "seconds": round(progress.seconds, 1)}
+        line |= {"train_loss": round(loss / images, 5), "train_top1": round(100 * correct / images, 3)}
+        with (self.config.output / "steps.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
     def _log(self) -> None:
         rate = float(f"{self.optimizer.param_groups[0]['lr']:.4g}")
@@ -302,7 +333,7 @@ class Training:
         Raises:
             SystemExit: The state is damaged, or not of this run.
         """
-        log = self.config.output / "log.jsonl"
+        log, steps = self.config.output / "log.jsonl", self.config.output / "steps.jsonl"
         if folder:
             state = read_state(folder)
             try:
@@ -315,8 +346,19 @@ class Training:
             self.progress.sums = dict.fromkeys(self.progress.sums, 0.0)  # the saved sums are those of all processes
         elif folder:
             replace_file(log, state.log)
+            if steps.exists():
+                replace_file(steps, "".join(line for line in steps.open(encoding="utf-8") if self._has_done(line)))
         else:
             log.unlink(missing_ok=True)
+            steps.unlink(missing_ok=True)
+
+    def _has_done(self, line: str) -> bool:
+        """Whether what a line of steps.jsonl tells of is behind; one that was not finished is not."""
+        try:
+            told = json.loads(line)
+            return (told["epoch"], told["step"]) <= (self.progress.epoch, self.progress.step)
+        except (ValueError, KeyError, TypeError):
+            return False
 
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
         # Of the optimizer its moments; rates and weight decay are the recipe's. Nothing that is random is kept: it
@@ -332,7 +374,8 @@ class Training:
         progress, epochs = self.progress, self.recipe.epochs
         progress.load_state_dict(state.progress)
         steps = len(self.steps())
-        if not (1 <= progress.epoch <= epochs + 1 and 0 <= progress.step < steps):
+        last = math.inf if self.config.minutes else epochs + 1
+        if not (1 <= progress.epoch <= last and 0 <= progress.step < steps):
             raise ValueError(f"epoch {progress.epoch}, step {progress.step}, of {epochs} epochs of {steps} steps")
         if progress.updates != (wanted := (progress.epoch - 1) * steps + progress.step):
             raise ValueError(f"{progress.updates} updates, wanted {wanted}")
@@ -358,6 +401,7 @@ def settings_of(config: Config, recipe: Recipe, accelerator: Accelerator, images
         "model": config.model,
         "tag": config.recipe,
         "recipe": dataclasses.asdict(recipe),
+        "minutes": config.minutes,
         "grad_accum": config.grad_accum,
         "mixed_precision": accelerator.mixed_precision,
         "seed": config.seed,
@@ -411,6 +455,8 @@ def main() -> None:
     check_launch(accelerator, config.processes)
     if recipe.eps and accelerator.num_processes > 1:
         raise SystemExit("a recipe with eps trains in one process: its bounds go by the statistics of one batch")
+    if config.minutes and accelerator.num_processes > 1:
+        raise SystemExit("--minutes is for one process: each has a clock of its own")
     if config.report_to and not accelerator.log_with:
         raise SystemExit(f"{config.report_to} is not installed: pip install {config.report_to}")
     if accelerator.device.type == "cuda":

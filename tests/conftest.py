@@ -1,11 +1,13 @@
 """Fixtures: data of the machine where there is any, the package's sample everywhere, and runs of the recipes."""
 
 import functools
+import json
 import os
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -64,6 +66,15 @@ def whole_test_set() -> Callable[[str], tuple[Tensor, Tensor]]:
         return load(dataset, "test", folder)
 
     return images_and_labels
+
+
+@pytest.fixture(scope="session")
+def paper_tables() -> dict[str, Any]:
+    """The tables of the paper; skips where they are not at hand."""
+    file = DATA_ROOT.parent / "paper" / "tables.json"
+    if not file.is_file():
+        pytest.skip(f"needs the paper's tables as JSON: no {file}")
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 @pytest.fixture

@@ -1,21 +1,18 @@
 """The table of networks, and what a recipe says."""
 
-import json
-
 import pytest
 import timm
-from conftest import DATA_ROOT
 
 from pcdeq_zoo import ACTIVATIONS, VARIANTS, Recipe
 
 
-def test_the_variants_are_those_of_the_paper():
+def test_the_variants_are_registered():
     assert sorted(VARIANTS) == timm.list_models("pcdeq*")
     assert len(VARIANTS) == 32
-    file = DATA_ROOT.parent / "paper" / "tables.json"
-    if not file.is_file():
-        pytest.skip(f"needs the paper's tables as JSON: no {file}")
-    rows = json.loads(file.read_text(encoding="utf-8"))["models"]
+
+
+def test_the_variants_are_those_of_the_paper(paper_tables):
+    rows = paper_tables["models"]
     assert len(rows) == 32
     for row in rows:
         variant = VARIANTS[row["model"]]

@@ -76,9 +76,10 @@ def ship(folder: Path) -> str:
         "grad_accum": 1,
         "mixed_precision": "no",
         "hold_out": None,
+        "minutes": None,
     }
-    if other := [key for key, value in wanted.items() if settings[key] != value]:
-        found = ", ".join(f"{key} {settings[key]!r}, wanted {wanted[key]!r}" for key in other)
+    if other := [key for key, value in wanted.items() if settings.get(key) != value]:
+        found = ", ".join(f"{key} {settings.get(key)!r}, wanted {wanted[key]!r}" for key in other)
         raise SystemExit(f"{folder} is not a run of the recipe that its tag says: {found}")
 
     RUNS.mkdir(parents=True, exist_ok=True)

@@ -44,8 +44,8 @@ test-oldest:
 
 gpu: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[benchmark]'
-	$(BIN)/python benchmarks/gpu.py
+	$(BIN)/python -m benchmarks.gpu
 
 benchmark: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[benchmark]'
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python -m benchmarks.run

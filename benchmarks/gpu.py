@@ -1,7 +1,7 @@
 """Try the zoo on a GPU, without a network: an epoch of training, the benchmark, and the tests that a device matters to.
 
-    make gpu                          or: python benchmarks/gpu.py, where PyTorch, timm and accelerate are there already
-    PCDEQ_ZOO_DATA=FOLDER python benchmarks/gpu.py --nets pcdeq1_mc_relu6_cifar
+    make gpu                          or: python -m benchmarks.gpu, where PyTorch, timm and accelerate are there already
+    PCDEQ_ZOO_DATA=FOLDER python -m benchmarks.gpu --nets pcdeq1_mc_relu6_cifar
 
 The tests are of logits, gradients, proven bounds and autocast, against float64 on the CPU, and of runs of the recipes.
 Prints tables, and writes runs/gpu/results.json.
@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tables import tables
 
+from benchmarks.tables import tables
 from pcdeq_zoo.files import replace_file
 
 ROOT = Path(__file__).parents[1]
@@ -60,7 +60,7 @@ def train(device: str) -> dict[str, Any]:
 def benchmark(device: str, nets: list[str]) -> dict[str, Any]:
     output = OUTPUT / "benchmark.json"
     output.unlink(missing_ok=True)
-    arguments = ["benchmarks/run.py", "--device", device, "--nets", *nets, "--output", str(output)]
+    arguments = ["-m", "benchmarks.run", "--device", device, "--nets", *nets, "--output", str(output)]
     status, seconds = python(*arguments)
     result: dict[str, Any] = {"passed": status == 0, "seconds": seconds}
     if output.exists():

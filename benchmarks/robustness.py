@@ -1,6 +1,6 @@
 """Accuracy against the change of the pixels: of images as they are, attacked, and proven.
 
-    python benchmarks/robustness.py [--images 1000]
+    python -m benchmarks.robustness [--images 1000]
 
 For each checkpoint that was trained against changes of the pixels, and the ordinary one of the same net, on the first
 test images; writes benchmarks/robustness.json, of which `python -m tools.report` makes docs/figures/robustness.svg.

@@ -1,9 +1,9 @@
 """Measure speed, accuracy and memory of the zoo's solves against other implementations, on one machine in one run.
 
     make benchmark                               sets up, then every net and measure: half an hour on 2 cores
-    python benchmarks/run.py --nets pcdeq1_mc_relu6_cifar --rounds 5
-    python benchmarks/run.py --authors ../pcdeq    against a checkout of the authors' code too
-    python benchmarks/run.py --device cuda
+    python -m benchmarks.run --nets pcdeq1_mc_relu6_cifar --rounds 5
+    python -m benchmarks.run --authors ../pcdeq    against a checkout of the authors' code too
+    python -m benchmarks.run --device cuda
 
 Prints tables and, for all nets, writes benchmarks/results.json; `python -m tools.report` then brings the documents
 up to date.
@@ -35,13 +35,13 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from baselines import BASELINES, Baseline, baseline, released
-from tables import tables
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from benchmarks.baselines import BASELINES, Baseline, baseline, released
+from benchmarks.tables import tables
 from pcdeq_zoo import VARIANTS, PcDEQ, PcDEQConv2d, PcDEQLinear, enclosure, project, record_solves
 from pcdeq_zoo.data import load, normalize
 from pcdeq_zoo.files import replace_file

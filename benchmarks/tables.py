@@ -1,10 +1,12 @@
-"""The measurements of run.py as Markdown tables."""
+"""The measurements of run.py and compare.py as Markdown tables."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from typing import Any
+
+from pcdeq_zoo import Variant
 
 MEASURES = {
     "train_s": "Training step, batch 64",
@@ -84,3 +86,38 @@ def accuracy(document: dict[str, Any]) -> str:
 def tables(document: dict[str, Any]) -> str:
     """Everything."""
     return "\n\n".join(part(document) for part in (summary, speed, accuracy))
+
+
+def compared(found_of: dict[str, Any], systems: list[Variant]) -> str:
+    """What compare.py found of the systems of a data set; a dash where one was not trained, or not measured."""
+    header = f"System|Parameters|Published, %|{found_of['minutes']:g} minutes, %|Epochs|Equal epochs, %|NFE forward"
+    header += (
+        "|NFE backward|Training step, s|Peak, MB|Inference, s|Unconverged solves, ‰|Learning rate|Runs that failed"
+    )
+    rows = []
+    for variant in systems:
+        found = found_of["systems"].get(variant.name, {})
+
+        def cell(key: str, form: str = "{:.2f}", factor: float = 1, found: dict[str, Any] = found) -> str:
+            return form.format(found[key] * factor) if found.get(key) is not None else "–"
+
+        solves = 1000 / found["images"] if found.get("images") else 1
+        rows.append(
+            [
+                variant.paper_name,
+                f"{variant.parameters:,}",
+                f"{variant.paper_accuracy:.1f}",
+                cell("top1"),
+                cell("epochs", "{:.1f}"),
+                cell("top1_equal_epochs"),
+                cell("forward", "{:.1f}"),
+                cell("backward", "{:.1f}"),
+                cell("train_s", "{:.2f}"),
+                cell("train_peak_bytes", "{:.1f}", 1e-6),
+                cell("infer_s", "{:.3f}"),
+                cell("unconverged", "{:.1f}", solves),
+                cell("lr", "{:.2g}"),
+                str(len(found.get("failed_runs", []))),
+            ]
+        )
+    return table(header.split("|"), rows)

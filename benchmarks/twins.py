@@ -1,6 +1,6 @@
 """What W ≥ 0 is worth for certified training: the same net with other layers in the place of the pcDEQ layers.
 
-    python benchmarks/twins.py --layer pcdeq --eps 0.1 --seed 0 --output runs/twins
+    python -m benchmarks.twins --layer pcdeq --eps 0.1 --seed 0 --output runs/twins
 
 One run trains the MC net of MNIST by intervals, on all training images but the last 5,000, and measures these: accuracy
 and the share that intervals certify. Nothing is chosen by it. The layers:

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from baselines import BASELINES, Paper, baseline, released
-from run import gradient, solved_layers, unit_errors
 from torch import nn
-from twins import LAYERS, twin
 
+from benchmarks.baselines import BASELINES, Paper, baseline, released
+from benchmarks.run import gradient, solved_layers, unit_errors
+from benchmarks.twins import LAYERS, twin
 from pcdeq_zoo import PcDEQConv2d, PcDEQLinear, forward_with_margins, interval_bounds, pixel_box
 
 AUTHORS = os.environ.get("PCDEQ_AUTHORS")

@@ -93,3 +93,45 @@ class TestShip:
         drawn = (tmp_path / "figure.svg").read_text()
         assert "<svg" in drawn
         assert (ROOT / "docs" / "figures" / "mnist-l-paper.svg").is_file()
+
+    def test_refuses_a_run_of_a_given_time(self, whole: Path):
+        settings = json.loads((whole / "run.json").read_text())
+        (whole / "run.json").write_text(json.dumps(settings | {"minutes": 12.0}))
+        with pytest.raises(SystemExit, match=r"not a run of the recipe that its tag says: minutes 12.0, wanted None"):
+            ship.ship(whole)
+
+
+class TestComparison:
+    @pytest.fixture(autouse=True)
+    def _found(self, tmp_path, monkeypatch) -> None:
+        """As if MNIST had been compared."""
+        ours = {"top1": 99.0, "epochs": 8.0, "images": 1000, "unconverged": 2, "curve": [[30.0, 90.0], [60.0, 95.0]]}
+        systems = {"pcdeq1_mc_relu6_mnist": ours, "node_mnist": {"top1": 95.5, "failed_runs": ["underflow"]}}
+        found = {"mnist": {"minutes": 12.0, "machine": {}, "systems": systems}}
+        (tmp_path / "compared.json").write_text(json.dumps(found))
+        monkeypatch.setattr(report, "RESULTS", tmp_path / "compared.json")
+
+    def test_the_tables_of_the_paper_have_what_came_out_here(self):
+        lines = report.paper_table("mnist").splitlines()
+        assert lines[0].endswith("| At equal time, 12 minutes, % |")
+        assert "| NODE | 85,316 | 96.4 |  |  | 95.50 |" in lines
+        assert "| monDEQ-L | 84,313 | 98.1 |  |  | – |" in lines
+        assert any(line.startswith("| pcDEQ-1-MC-ReLU6 |") and line.endswith("| 99.00 |") for line in lines)
+        assert any(line.startswith("| pcDEQ-1-MC-ReLU6* |") for line in report.paper_table("cifar").splitlines())
+        assert "not trained |" in report.paper_table("cifar")
+
+    def test_one_table_for_all(self):
+        lines = report.equal_time().splitlines()
+        assert lines[0] == "| Test accuracy, % | MNIST, 12 min |"
+        assert "| NODE | 95.50 |" in lines
+        assert "| pcDEQ-1-MC-ReLU6 | 99.00 |" in lines
+        assert not any("*" in line for line in lines)
+
+    def test_all_that_was_measured(self):
+        lines = report.compared("mnist").splitlines()
+        assert "| pcDEQ-1-MC-ReLU6 | 41,278 | 99.3 | 99.00 | 8.0 | – | – | – | – | – | – | 2.0 | – | 0 |" in lines
+        assert any(line.startswith("| NODE | 85,316 | 96.4 | 95.50 |") and line.endswith("| 1 |") for line in lines)
+
+    def test_a_figure(self, tmp_path):
+        report.draw_comparison(report.comparison(), tmp_path / "figure.svg")
+        assert "<svg" in (tmp_path / "figure.svg").read_text()

@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import tables as benchmark
-from pcdeq_zoo import VARIANTS
+from benchmarks.compare import RESULTS, SYSTEMS
+from benchmarks.compared import VARIANTS as OTHERS
+from pcdeq_zoo import DATASETS, VARIANTS, Variant
 from pcdeq_zoo.files import replace_file
 from pcdeq_zoo.weights import Checkpoint, checkpoints
 from tools.ship import log_of, runs
@@ -29,33 +31,6 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "MODEL_CARD.md", "docs/solver.md", "docs/report.md", "docs/robustness.md")
 FIGURES = ROOT / "docs" / "figures"
 
-# Published test accuracies of other methods, from Tables 1-3 of https://arxiv.org/abs/2402.04029. They are those of
-# Dupont et al. (2019) for NODE and ANODE, of Winston and Kolter (2020) for monDEQ. A star: larger, with augmentation.
-OTHERS = {
-    "mnist": (
-        ("NODE", "84K", 96.4),
-        ("ANODE", "84K", 98.2),
-        ("monDEQ-L", "84K", 98.1),
-        ("monDEQ-SC", "84K", 99.1),
-        ("monDEQ-MT", "81K", 99.0),
-    ),
-    "svhn": (
-        ("NODE", "172K", 81.0),
-        ("ANODE", "172K", 83.5),
-        ("monDEQ-SC", "172K", 88.7),
-        ("monDEQ-MT", "170K", 92.4),
-    ),
-    "cifar": (
-        ("NODE", "172K", 53.7),
-        ("ANODE", "172K", 60.6),
-        ("monDEQ-SC", "172K", 74.0),
-        ("monDEQ-MT", "170K", 72.0),
-        ("NODE*", "1M", 59.9),
-        ("ANODE*", "1M", 73.4),
-        ("monDEQ-SC*", "854K", 82.0),
-        ("monDEQ-MT*", "1M", 89.0),
-    ),
-}
 _NUMBERS = {"mnist": 1, "svhn": 2, "cifar": 3}
 
 
@@ -97,23 +72,54 @@ def paper_table(dataset: str) -> str:
     recipes = {"paper": "Ours, `paper` recipe, %", "zoo": "Ours, `zoo` recipe, %"}
     if dataset == "svhn":
         recipes["zoo4434"] = "Ours, trained on the first 4,434 images only, %"
-    columns = ["Method", "Parameters", "Paper, %", *recipes.values()]
+    found = comparison().get(dataset, {})
+    time = f"At equal time, {found['minutes']:g} minutes, %" if found else "At equal time, %"
+    columns = ["Method", "Parameters", "Paper, %", *recipes.values(), time]
     lines = [f"| {' | '.join(columns)} |", "|---" + "|--:" * (len(columns) - 1) + "|"]
-    lines += [
-        f"| {method} | {size} | {accuracy:.1f} {'| ' * len(recipes)}|" for method, size, accuracy in OTHERS[dataset]
-    ]
     recorded = runs()
-    for variant in VARIANTS.values():
+    for variant in (*OTHERS.values(), *VARIANTS.values()):
         if variant.dataset.name != dataset:
             continue
         cells = [variant.paper_name, f"{variant.parameters:,}", f"{variant.paper_accuracy:.1f}"]
         for tag in recipes:
-            found = [run.top1 for run in recorded if run.variant is variant and run.tag == tag]
-            spread = f" ± {statistics.stdev(found):.2f}" if len(found) > 1 else ""
-            count = f" ({len(found)} runs)" if len(found) > 1 else " (1 run)"
-            cells.append(f"{statistics.mean(found):.2f}{spread}{count}" if found else "–")
-        lines.append(f"| {' | '.join(cells)} |")
+            top1 = [run.top1 for run in recorded if run.variant is variant and run.tag == tag]
+            spread = f" ± {statistics.stdev(top1):.2f}" if len(top1) > 1 else ""
+            count = f" ({len(top1)} runs)" if len(top1) > 1 else " (1 run)"
+            none = "" if variant.name in OTHERS else "–"
+            cells.append(f"{statistics.mean(top1):.2f}{spread}{count}" if top1 else none)
+        lines.append(f"| {' | '.join([*cells, _at_equal_time(found, variant)])} |")
     return "\n".join(lines)
+
+
+def comparison() -> dict[str, Any]:
+    """What benchmarks/compare.py found, by data set."""
+    return json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
+
+
+def _at_equal_time(found: dict[str, Any], variant: Variant) -> str:
+    if variant.name.endswith("_large"):
+        return "not trained"
+    top1 = found.get("systems", {}).get(variant.name, {}).get("top1")
+    return "–" if top1 is None else f"{top1:.2f}"
+
+
+def equal_time() -> str:
+    """Accuracy of each system after equal training time, a column per data set."""
+    found = comparison()
+    datasets = {name: DATASETS[name].title for name in _NUMBERS if name in found}
+    columns = [f"{title}, {found[name]['minutes']:g} min" for name, title in datasets.items()]
+    lines = [f"| {' | '.join(['Test accuracy, %', *columns])} |", "|---" + "|--:" * len(columns) + "|"]
+    small = [variant for variant in SYSTEMS.values() if not variant.name.endswith("_large")]
+    for paper_name in dict.fromkeys(variant.paper_name for variant in small):
+        by_data = {variant.dataset.name: variant for variant in small if variant.paper_name == paper_name}
+        cells = [_at_equal_time(found[name], by_data[name]) if name in by_data else "" for name in datasets]
+        lines.append(f"| {' | '.join([paper_name, *cells])} |")
+    return "\n".join(lines)
+
+
+def compared(dataset: str) -> str:
+    """All that compare.py found of a data set."""
+    return benchmark.compared(comparison()[dataset], [v for v in SYSTEMS.values() if v.dataset.name == dataset])
 
 
 def robust() -> str:
@@ -247,6 +253,27 @@ def draw_robustness(panels: list[dict[str, Any]], file: Path) -> None:
     replace_file(file, drawing.getvalue())
 
 
+def draw_comparison(found: dict[str, Any], file: Path) -> None:
+    """A panel per data set: accuracy on the images trained on in the last minutes, against the time of training."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, len(found), figsize=(4.2 * len(found), 3.4), layout="constrained", squeeze=False)
+    for axis, (dataset, results) in zip(axes[0], found.items(), strict=True):
+        for name, system in results["systems"].items():
+            if points := system.get("curve"):
+                ours = name in VARIANTS
+                seconds, top1 = zip(*points, strict=True)
+                minutes = [value / 60 for value in seconds]
+                label = SYSTEMS[name].paper_name
+                axis.plot(minutes, top1, "-" if ours else "--", label=label, linewidth=1.8 if ours else 1.0)
+        axis.set(title=DATASETS[dataset].title, xlabel="Minutes of training, one thread")
+        axis.legend(frameon=False, fontsize=7)
+    axes[0][0].set(ylabel="Training accuracy, %")
+    drawing = io.BytesIO()
+    figure.savefig(drawing, format="svg", metadata={"Date": None, "Title": "comparison"})
+    plt.close(figure)
+    replace_file(file, drawing.getvalue())
+
+
 def _mean_evaluations(line: dict[str, Any], direction: str) -> float:
     return statistics.mean(value for key, value in line["evaluations"].items() if key.endswith(direction))
 
@@ -264,6 +291,8 @@ TABLES = {
     "models": models,
     "checkpoints": measured,
     **{f"table-{number}": partial(paper_table, dataset) for dataset, number in _NUMBERS.items()},
+    "equal-time": equal_time,
+    **{f"compared-{dataset}": partial(compared, dataset) for dataset in _NUMBERS},
     "robust": robust,
     "figures": gallery,
     "benchmark-summary": lambda: benchmark.summary(measurements()),
@@ -298,6 +327,8 @@ def main() -> None:
     draw_robustness(
         json.loads((ROOT / "benchmarks" / "robustness.json").read_text("utf-8")), FIGURES / "robustness.svg"
     )
+    if found := comparison():
+        draw_comparison(found, FIGURES / "compared.svg")
 
 
 if __name__ == "__main__":

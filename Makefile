@@ -9,7 +9,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := --model pcdeq1_l_tanh_mnist --data sample
-LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
 .PHONY: setup demo test test-oldest benchmark gpu
 
@@ -19,13 +18,14 @@ setup: .venv/.installed
 .venv/.installed: pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python >= 3.10 is needed, got ' + sys.version)"
 	$(PYTHON) -m venv --clear .venv
+	@echo "Installing PyTorch and the rest into .venv: some 6 GB on disk, the CUDA libraries among them; minutes of download."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.14.1 torchvision==0.29.1
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
 	touch $@
 
 demo: setup
 	rm -rf runs/demo
-	$(LAUNCH) recipes/train.py $(DEMO) --epochs 6 --output runs/demo
+	$(BIN)/python recipes/train.py $(DEMO) --epochs 6 --output runs/demo
 	@echo "The same file, loaded by timm.create_model:"
 	$(BIN)/python recipes/evaluate.py $(DEMO) --checkpoint runs/demo/model.safetensors
 	@echo "The checkpoint that ships (60,000 images, 16 epochs) on the same 400 test images:"

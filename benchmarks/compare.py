@@ -229,7 +229,7 @@ def main() -> None:
     harness = Harness(args.runs, args.share, args.data)
     trained = [SYSTEMS[name] for name in names if not name.endswith("_large")]
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(tqdm(pool.map(harness.system, trained), total=len(trained), desc="systems"))
+        list(tqdm(pool.map(harness.system, trained), total=len(trained), desc="systems", disable=None))
 
     torch.set_num_threads(1)
     for dataset in MINUTES:

@@ -63,7 +63,7 @@ def main() -> None:
         parser.error(f"--images must be at least 1, got {count}")
     shipped = checkpoints()
     panels = []
-    for checkpoint in tqdm(shipped.values()):
+    for checkpoint in tqdm(shipped.values(), disable=None):
         if eps := checkpoint.recipe.eps:
             ordinary = shipped[f"{checkpoint.variant.name}.{checkpoint.variant.default_recipe}"]
             curves = {it.name: curve(it, eps, count) for it in (checkpoint, ordinary)}

@@ -283,7 +283,7 @@ def main() -> None:
         "nets": {},
     }
     output = args.output or (None if args.nets or args.authors or on_gpu else ROOT / "benchmarks" / "results.json")
-    for name in tqdm(args.nets or NETS):
+    for name in tqdm(args.nets or NETS, disable=None):
         document["nets"][name] = measure(name, args.data, args.rounds, peak, args.device)
         print(tables({**document, "nets": {name: document["nets"][name]}}), flush=True)
         if output:

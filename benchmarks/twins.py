@@ -135,7 +135,7 @@ def main() -> None:
     for epoch in range(recipe.epochs):
         model.train()
         batches = torch.randperm(len(images) - HELD_OUT).split(recipe.batch_size)
-        for step, batch in enumerate(tqdm(batches, desc=f"epoch {epoch + 1}/{recipe.epochs}", leave=False)):
+        for step, batch in enumerate(tqdm(batches, desc=f"epoch {epoch + 1}/{recipe.epochs}", disable=None)):
             passes = epoch + step / len(batches)
             eps = recipe.eps_after(passes)
             for group in optimizer.param_groups:

@@ -154,7 +154,7 @@ def publish(namespace: str, only: str = "*", tag: str = f"v{pcdeq_zoo.__version_
         if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
             raise PublishError(f"the token of {user['name']} is read-only; make one that may write")
         disable_progress_bars()  # one bar is enough
-    for checkpoint in tqdm(chosen, desc="publish", unit="model", disable=dry_run):
+    for checkpoint in tqdm(chosen, desc="publish", unit="model", disable=dry_run or None):
         with tempfile.TemporaryDirectory() as temporary:
             folder, repository = Path(temporary), f"{namespace}/{checkpoint.name}"
             write_folder(checkpoint, repository, tag, folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, fields, replace
@@ -21,6 +22,9 @@ class Config:
     model: str = setting("name in the zoo, e.g. pcdeq1_l_tanh_mnist", required=True)
     recipe: str = setting("paper, zoo, ... (default: that of the model's default checkpoint)")
     output: Path = setting("folder of the run (default: runs/<model>.<recipe>)")
+    channels: tuple[int, ...] | None = setting(
+        "width of each pcDEQ layer (default: the paper's)", None, above=0, below=2**16, nargs="+", metavar="N"
+    )
     data: str | None = setting("folder, 'sample' or 'hub' (default: below $PCDEQ_ZOO_DATA, else the Hub)", None)
     module: str | None = setting("import this first: it registers models with timm, and has VARIANTS of its own", None)
     resume: str | None = setting(
@@ -69,13 +73,25 @@ def import_module(name: str) -> None:
     VARIANTS.update(others)
 
 
-def parse(description: str | None, arguments: Sequence[str] | None = None) -> tuple[Config, Recipe]:
-    """The config and the recipe that a command line asks for; ends with a line about a flag that is wrong."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+# Of a width that does not depend on the terminal: train.txt and its like, which `--help` prints, are made with it.
+HelpFormatter = functools.partial(argparse.RawDescriptionHelpFormatter, width=100)
+
+
+def make_parser(description: str | None = None) -> argparse.ArgumentParser:
+    """The parser of a command line of train.py."""
+    parser = argparse.ArgumentParser("train.py", description=description, formatter_class=HelpFormatter)
     _add_flags(parser, Config)
     _add_flags(parser.add_argument_group("recipe", "By default what pcdeq_zoo.VARIANTS[model].recipes says."), Recipe)
+    return parser
+
+
+def parse(description: str | None, arguments: Sequence[str] | None = None) -> tuple[Config, Recipe]:
+    """The config and the recipe that a command line asks for; ends with a line about a flag that is wrong."""
+    parser = make_parser(description)
     given = vars(parser.parse_args(arguments))
 
+    if "channels" in given:
+        given["channels"] = tuple(given["channels"])
     if module := given.get("module"):
         import_module(module)
     if (model := given["model"]) not in VARIANTS:
@@ -105,7 +121,7 @@ def _add_flags(parser: argparse._ActionsContainer, record: type) -> None:
         elif get_origin(kind) is Literal:
             facts["choices"] = get_args(kind)
         else:
-            facts["type"] = _reader(entry, kind)
+            facts["type"] = _reader(entry, get_args(kind)[0] if get_origin(kind) is tuple else kind)
         parser.add_argument(flag, help=entry.metadata["meaning"], default=argparse.SUPPRESS, **facts)
 
 

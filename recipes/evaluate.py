@@ -1,10 +1,10 @@
 """Measure a model of the zoo on a test set.
 
-    accelerate launch recipes/evaluate.py --model pcdeq1_l_tanh_mnist
-    accelerate launch recipes/evaluate.py --model hf-hub:NAMESPACE/pcdeq1_l_tanh_mnist.paper
-    accelerate launch recipes/evaluate.py --model pcdeq1_l_tanh_mnist --checkpoint model.safetensors --data sample
-    accelerate launch recipes/evaluate.py --model pcdeq1_l_tanh_mnist.robust_0.1 --eps 0.1
-    accelerate launch recipes/evaluate.py --run runs/pcdeq1_l_tanh_mnist.paper
+    python recipes/evaluate.py --model pcdeq1_l_tanh_mnist
+    python recipes/evaluate.py --model hf-hub:NAMESPACE/pcdeq1_l_tanh_mnist.paper
+    python recipes/evaluate.py --model pcdeq1_l_tanh_mnist --checkpoint model.safetensors --data sample
+    python recipes/evaluate.py --model pcdeq1_l_tanh_mnist.robust_0.1 --eps 0.1
+    python recipes/evaluate.py --run runs/pcdeq1_l_tanh_mnist.paper
 
 Prints what it measures as JSON. With --run it measures the weights of a run of train.py, and writes the run's
 results.csv.
@@ -12,19 +12,25 @@ results.csv.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:  # at once: what follows takes seconds to import
+    print(Path(__file__).with_suffix(".txt").read_text("utf-8"), end="")
+    sys.exit()
+
 import argparse
 import json
 import math
 import os
-import sys
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from config import HelpFormatter
 from run_folder import read_record
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -48,13 +54,14 @@ def evaluate(
         ICML 2017).
     """
     model.eval()
+    quiet = None if progress else True  # None: where there is no terminal
     device = next(model.parameters()).device
     top1 = top5 = nll = 0.0
     bounds = []
     evaluations: dict[str, int] = defaultdict(int)
     evaluations_max = 0
     confidences, hits_all = [], []
-    for start in tqdm(range(0, len(images), batch_size), desc="evaluate", leave=False, disable=not progress):
+    for start in tqdm(range(0, len(images), batch_size), desc="evaluate", leave=False, disable=quiet):
         x = normalize(images[start : start + batch_size].to(device), dataset)
         y = labels[start : start + batch_size].to(device)
         with record_solves(model) as records:
@@ -101,10 +108,11 @@ def evaluate_robustness(
         and unclipped_interval, unclipped_linear for pixels that may leave [0, 1].
     """
     model.eval()
+    quiet = None if progress else True
     device = next(model.parameters()).device
     totals: dict[str, int] = defaultdict(int)
     generator = torch.Generator().manual_seed(0)
-    for start in tqdm(range(0, len(images), batch_size), desc="robustness", leave=False, disable=not progress):
+    for start in tqdm(range(0, len(images), batch_size), desc="robustness", leave=False, disable=quiet):
         x = normalize(images[start : start + batch_size].to(device), dataset)
         y = labels[start : start + batch_size].to(device)
         proven = torch.zeros(len(x), dtype=torch.bool, device=device)
@@ -159,12 +167,13 @@ def measure_run(run: Path, data: str | None, device: torch.device) -> dict[str, 
         raise SystemExit(f"{run} is not what train.py wrote: {type(error).__name__}: {error}") from error
     overlay = {"file": str(run / "model.safetensors")}
     stop = settings["recipe"]["stop"] and "certified"  # models that have but one criterion prove nothing
-    model = timm.create_model(variant.name, pretrained=True, stop=stop, pretrained_cfg_overlay=overlay)
-    model.to(device)
+    create: dict[str, Any] = {"pretrained": True, "pretrained_cfg_overlay": overlay}
+    create["channels"] = settings.get("channels")
+    model = timm.create_model(variant.name, stop=stop, **create).to(device)
     images, labels = load(variant.dataset, split, data)
     measured = evaluate(model, variant.dataset, images[part], labels[part])
     if eps := settings["recipe"].get("eps"):
-        as_created = timm.create_model(variant.name, pretrained=True, pretrained_cfg_overlay=overlay).to(device)
+        as_created = timm.create_model(variant.name, **create).to(device)
         measured |= evaluate_robustness(as_created, variant.dataset, images[part], labels[part], eps)
     row = results_row(model, measured, known)
     write_rows(run / ("held_out.csv" if held_out else "results.csv"), [row])
@@ -186,7 +195,7 @@ def results_row(model: nn.Module, measured: dict[str, Any], known: dict[str, Any
         **measured,
         "top1_err": round(100 - measured["top1"], 4),
         "top5_err": round(100 - measured["top5"], 4),
-        "param_count": round(variant.parameters / 1e6, 6),
+        "param_count": round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 6),
         "img_size": variant.dataset.input_size[-1],
         "crop_pct": model.pretrained_cfg["crop_pct"],
         "interpolation": model.pretrained_cfg["interpolation"],
@@ -215,9 +224,9 @@ def _why_not(output: Path) -> str:
     return "" if is_ours else "there is a file that this program did not write"
 
 
-def main() -> None:
-    sys.stdout.reconfigure(errors="backslashreplace")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of a command line."""
+    parser = argparse.ArgumentParser("evaluate.py", description=__doc__, formatter_class=HelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--model", help="name in the zoo, with or without tag, or hf-hub:NAMESPACE/NAME[@REVISION] or local-dir:FOLDER"
@@ -232,6 +241,12 @@ def main() -> None:
         "--eps", type=float, help="measure robustness, too, against changes of each pixel by so much, of [0, 1]"
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the results row to this CSV file")
+    return parser
+
+
+def main() -> None:
+    sys.stdout.reconfigure(errors="backslashreplace")
+    parser = make_parser()
     args = parser.parse_args()
     if args.model is not None and not args.model.startswith(("hf-hub:", "local-dir:")):
         name, dot, _ = args.model.partition(".")

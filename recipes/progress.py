@@ -63,18 +63,20 @@ class Progress:
             "seconds": round(sums["seconds"], 1),
         }
 
-    def summary(self) -> dict[str, str]:
-        """The same for a progress bar; evaluations "5.9/8.1/12.4" layer by layer."""
+    def summary(self) -> str:
+        """The same in words; evaluations "5.9/8.1/12.4" layer by layer."""
         sums = self.sums
         numbers: dict[str, list[str]] = {"forward": [], "backward": []}
         for key, value in _evaluations(sums).items():
             numbers[key.split()[-1]].append(f"{value:.1f}")
-        return {
-            "loss": f"{sums['loss'] / sums['images']:.4f}",
-            "acc": f"{100 * sums['correct'] / sums['images']:.2f}",
-            **({"certified": f"{_certified(sums):.2f}"} if "certified" in sums else {}),
-            **{direction: "/".join(values) for direction, values in numbers.items()},
-        }
+        loss, accuracy = sums["loss"] / sums["images"], 100 * sums["correct"] / sums["images"]
+        parts = [f"loss {loss:.4f}", f"accuracy {accuracy:.2f} %"]
+        if "certified" in sums:
+            parts.append(f"certified {_certified(sums):.2f} %")
+        parts += [f"{direction} {'/'.join(values)}" for direction, values in numbers.items() if values]
+        if unconverged := int(sums.get("unconverged", 0)):
+            parts.append(f"{unconverged} solves unconverged")
+        return ", ".join(parts)
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, as JSON can have it."""

@@ -12,15 +12,21 @@ folder with a run of other settings is refused: give trials, such as those with 
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:  # at once: what follows takes seconds to import
+    print(Path(__file__).with_suffix(".txt").read_text("utf-8"), end="")
+    sys.exit()
+
 import argparse
 import fnmatch
 import shlex
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
+from config import HelpFormatter
 from tqdm import tqdm
 
 from pcdeq_zoo import VARIANTS
@@ -54,9 +60,9 @@ def run(output: Path, command: list[str]) -> bool:
     return done.returncode == 0
 
 
-def main() -> None:
-    sys.stdout.reconfigure(errors="backslashreplace")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of a command line."""
+    parser = argparse.ArgumentParser("sweep.py", description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("models", nargs="+", metavar="GLOB", help="names in the zoo")
     parser.add_argument("--recipe", choices=("paper", "zoo"), help="default: that of each model's checkpoint")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="default: 0")
@@ -66,6 +72,12 @@ def main() -> None:
     )
     parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="default: runs")
     parser.add_argument("--print", action="store_true", help="print the commands and run nothing")
+    return parser
+
+
+def main() -> None:
+    sys.stdout.reconfigure(errors="backslashreplace")
+    parser = make_parser()
     arguments = sys.argv[1:]
     split = arguments.index("--") if "--" in arguments else len(arguments)
     args = parser.parse_args(arguments[:split])
@@ -87,7 +99,8 @@ def main() -> None:
         print("\n".join(shlex.join(command) for command in runs.values()))
         return
     with ThreadPoolExecutor(args.jobs) as pool:
-        done = list(tqdm(pool.map(run, runs.keys(), runs.values()), total=len(runs), desc="sweep", unit="run"))
+        finished = pool.map(run, runs.keys(), runs.values())
+        done = list(tqdm(finished, total=len(runs), desc="sweep", unit="run", disable=None))
     if failed := done.count(False):
         raise SystemExit(f"{failed} of {len(done)} runs failed")
 

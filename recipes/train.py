@@ -1,15 +1,16 @@
 """Train a model of the zoo.
 
-    accelerate launch recipes/train.py --model pcdeq1_l_tanh_mnist                        # its default recipe
-    accelerate launch recipes/train.py --model pcdeq1_mc_relu6_cifar --recipe paper       # as in the paper
-    accelerate launch recipes/train.py --model pcdeq1_l_tanh_mnist --resume               # go on where it was killed
-    accelerate launch recipes/train.py --model pcdeq1_l_tanh_mnist --data sample --epochs 4
+    python recipes/train.py --model pcdeq1_l_tanh_mnist                        # its default recipe
+    python recipes/train.py --model pcdeq1_mc_relu6_cifar --recipe paper       # as in the paper
+    python recipes/train.py --model pcdeq1_l_tanh_mnist --resume               # go on where it was killed
+    python recipes/train.py --model pcdeq1_l_tanh_mnist --data sample --epochs 4
 
 Trains on the whole training set, and looks at the test set once, after the last epoch. Writes to --output: run.json
 (the settings), log.jsonl (a line per epoch), steps.jsonl (with --log-every), state/ (what --resume needs, until the run
 is finished), and in the end model.safetensors and results.csv (the row that a checkpoint ships with).
 
-Two processes on CPUs, which give what one gives, up to rounding:
+`accelerate launch recipes/train.py` does the same, and starts several processes. Two on CPUs, which give what one
+gives, up to rounding:
 
     accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no \\
         recipes/train.py --cpu --processes 2 --model pcdeq1_l_tanh_mnist
@@ -20,14 +21,19 @@ than --processes says.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:  # at once: what follows takes seconds to import
+    print(Path(__file__).with_suffix(".txt").read_text("utf-8"), end="")
+    sys.exit()
+
 import ctypes
 import dataclasses
 import json
 import math
-import sys
 import time
 from contextlib import nullcontext, suppress
-from pathlib import Path
 from typing import Any, NoReturn
 
 import timm
@@ -89,6 +95,18 @@ def training_images(config: Config, recipe: Recipe, processes: int) -> tuple[Ten
     return images, labels
 
 
+def make_model(config: Config, recipe: Recipe) -> nn.Module:
+    """The model to train, with fresh weights.
+
+    Raises:
+        SystemExit: It cannot have such channels, or is of a module that needs what is not installed.
+    """
+    try:
+        return timm.create_model(config.model, stop=recipe.stop, tol=recipe.tol, channels=config.channels)
+    except (ImportError, ValueError) as error:
+        raise SystemExit(f"no {config.model}: {error}") from error
+
+
 def batches(count: int, size: int, least: int, seed: int, epoch: int) -> list[Tensor]:
     """Indices of the batches of an epoch: a function of its arguments, so that a run can be resumed at any of them.
 
@@ -142,10 +160,7 @@ class Training:
         self.least = max(2, accelerator.num_processes)  # images in a batch
 
         set_seed(config.seed)
-        try:
-            self.model = timm.create_model(config.model, stop=recipe.stop, tol=recipe.tol)
-        except ImportError as error:  # of what a module of others needs
-            raise SystemExit(str(error)) from error
+        self.model = make_model(config, recipe)
         if accelerator.num_processes > 1:
             self.model = synchronize_batch_norm(self.model, accelerator.device)
         # Copied before `prepare` changes the model's forward, and moved to where it moves the model.
@@ -176,7 +191,7 @@ class Training:
                     bar.update()
                     if progress.step % 20 == 0:  # not more often: a GPU is waited for
                         self._check_loss()
-                        bar.set_postfix(progress.summary(), refresh=False)
+                        bar.set_postfix_str(progress.summary(), refresh=False)
                     if self.config.log_every and progress.step % self.config.log_every == 0:
                         self._log_steps()
                     if self.launcher.is_gone():
@@ -275,7 +290,7 @@ class Training:
             initial=self.progress.step,
             desc=f"epoch {self.progress.epoch}" + ("" if self.config.minutes else f"/{self.recipe.epochs}"),
             leave=False,
-            disable=not self.accelerator.is_main_process,
+            disable=None if self.accelerator.is_main_process else True,  # None: where there is no terminal
         )
 
     def _count_time(self) -> None:
@@ -309,6 +324,7 @@ class Training:
         flat = {"loss": line["train_loss"], "accuracy": line["train_top1"], "lr": rate, **line["evaluations"]}
         self.accelerator.log(flat, step=self.progress.epoch)
         tqdm.write(f"epoch {line['epoch']}: {self.progress.summary()}, {line['seconds']} s")
+        sys.stdout.flush()  # to a file or a pipe as well
 
     # --- states ---
 
@@ -400,6 +416,7 @@ def settings_of(config: Config, recipe: Recipe, accelerator: Accelerator, images
     return {
         "model": config.model,
         "tag": config.recipe,
+        "channels": config.channels and list(config.channels),
         "recipe": dataclasses.asdict(recipe),
         "minutes": config.minutes,
         "grad_accum": config.grad_accum,
@@ -462,6 +479,8 @@ def main() -> None:
     if accelerator.device.type == "cuda":
         torch.use_deterministic_algorithms(True, warn_only=True)
 
+    with torch.device("meta"):
+        make_model(config, recipe)  # to hear now, before anything is written, that there is none
     images, labels = training_images(config, recipe, accelerator.num_processes)
     settings = settings_of(config, recipe, accelerator, len(images))
     check_folder(output, settings, config.resume)

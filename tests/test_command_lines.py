@@ -8,15 +8,38 @@ import subprocess
 import sys
 from pathlib import Path
 
+import config
 import evaluate
 import pytest
 import sweep
 import train
-from recipe_runs import NAME, SHORT
+from recipe_runs import NAME, ROOT, SHORT
 
 from pcdeq_zoo.publish import PublishError, publish
 
 BIG = 10**20
+
+PARSERS = {
+    "train": lambda: config.make_parser(train.__doc__),
+    "evaluate": evaluate.make_parser,
+    "sweep": sweep.make_parser,
+}
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_help_comes_at_once_and_is_that_of_the_parser(name: str):
+    """It is printed from a file, as an import of PyTorch takes seconds; `python -m tools.report` writes it."""
+    script = ROOT / "recipes" / f"{name}.py"
+    done = subprocess.run([sys.executable, "-X", "importtime", script, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "torch" not in done.stderr
+    told, parser = " ".join(done.stdout.split()), PARSERS[name]()
+    usage = told.split(parser.description.split()[0])[0]
+    flags = {option for action in parser._actions for option in action.option_strings} - {"-h", "--help"}
+    assert set(re.findall(r"(?<=[ [(])--[a-z-]+", usage)) == flags
+    assert all(" ".join((action.help or "").split()) in told for action in parser._actions)
+    assert " ".join(parser.description.split()) in told
+
 
 TRAIN = [
     ("--epochs 0", "argument --epochs: must be above 0 and below 10000, got 0"),
@@ -51,6 +74,8 @@ TRAIN = [
     ("--output FILE/below", "(is no folder for a run|cannot write to .*): Not a directory"),
     ("--output LOOP", "(is no folder for a run|cannot write to .*): (File exists|Too many levels of symbolic links)"),
     (f"--output {'x' * 300}", "(is no folder for a run|cannot write to .*): File name too long"),
+    ("--channels 0", "argument --channels: must be above 0 and below 65536, got 0"),
+    ("--channels 8 16", f"no {NAME}: structure 'l' takes one width, got (8, 16)"),
     ("--nonsense", "unrecognized arguments: --nonsense"),
 ]
 

@@ -260,6 +260,16 @@ def test_what_is_held_out(tmp_path, monkeypatch, capsys):
         ship.ship(run)
 
 
+def test_another_width(tmp_path, here):
+    printed = here(train.main, f"{SHORT.partition(' ')[2]} --channels 24 --output {tmp_path / 'run'}")
+    assert re.search(r"accuracy \d\d\.\d\d % on 400 test images", printed)
+    overlay = {"file": str(tmp_path / "run" / "model.safetensors")}
+    model = timm.create_model(NAME, pretrained=True, channels=(24,), pretrained_cfg_overlay=overlay)
+    assert model.features.deq1.weight.shape == (24, 24)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert float(row_of(tmp_path / "run").row["param_count"]) == parameters / 1e6
+
+
 def test_batches_are_a_function_of_seed_and_epoch():
     first, again, other = (train.batches(103, 10, 4, *key) for key in ((0, 1), (0, 1), (0, 2)))
     assert [len(batch) for batch in first] == [10] * 10  # the last three are too few

@@ -9,11 +9,13 @@ paper, drawn from our logs: docs/figures/*.svg, shown in docs/report.md.
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
 import json
 import math
 import re
 import statistics
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -301,6 +303,18 @@ TABLES = {
 }
 
 
+def helps() -> dict[Path, str]:
+    """What `--help` of the recipes prints, by its file."""
+    sys.path.append(str(ROOT / "recipes"))
+    config, train, evaluate, sweep = map(importlib.import_module, ("config", "train", "evaluate", "sweep"))
+    parsers = {
+        "train": config.make_parser(train.__doc__),
+        "evaluate": evaluate.make_parser(),
+        "sweep": sweep.make_parser(),
+    }
+    return {ROOT / "recipes" / f"{name}.txt": parser.format_help() for name, parser in parsers.items()}
+
+
 def updated(text: str) -> str:
     """`text` with every table replaced by the current one."""
     for name, table in TABLES.items():
@@ -320,6 +334,8 @@ def main() -> None:
         if updated(text) != text:
             file.write_text(updated(text), encoding="utf-8")
             print(f"updated {file.name}")
+    for file, text in helps().items():
+        replace_file(file, text)
     for group, networks in groups().items():
         draw(group, networks, FIGURES / f"{group}.svg")
         print(f"drew {group}.svg")

@@ -77,6 +77,7 @@ def ship(folder: Path) -> str:
         "mixed_precision": "no",
         "hold_out": None,
         "minutes": None,
+        "channels": None,
     }
     if other := [key for key, value in wanted.items() if settings.get(key) != value]:
         found = ", ".join(f"{key} {settings.get(key)!r}, wanted {wanted[key]!r}" for key in other)

@@ -12,7 +12,9 @@ import config
 import evaluate
 import pytest
 import sweep
+import torch
 import train
+from PIL import Image
 from recipe_runs import NAME, ROOT, SHORT
 
 from pcdeq_zoo.publish import PublishError, publish
@@ -281,3 +283,45 @@ def test_a_name_that_the_terminal_cannot_show(tmp_path, run: Path):
     done = subprocess.run(command, cwd=Path(train.__file__).parents[1], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "is finished" in done.stdout
+
+
+class TestScriptsOfTimm:
+    def run(self, *arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "pcdeq_zoo.timm", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+    def test_a_script_finds_the_models_its_arguments_and_its_neighbours(self, tmp_path):
+        (tmp_path / "neighbour.py").write_text("NAME = 'pcdeq1_l_tanh_mnist'")
+        (tmp_path / "script.py").write_text(
+            "import sys, timm, neighbour\n"
+            "if __name__ == '__main__':\n"
+            "    print(type(timm.create_model(neighbour.NAME)).__name__, sys.argv[1:])\n"
+            "    sys.exit(3)\n"
+        )
+        done = self.run(tmp_path / "script.py", "--lr", "0.1")
+        assert done.stdout == "PcDEQ ['--lr', '0.1']\n", done.stderr
+        assert done.returncode == 3
+
+    def test_no_script(self):
+        assert self.run("nothing.py").stderr.startswith("there is no script nothing.py; timm's are in a checkout of ")
+        assert self.run().stderr == "which script?\n"
+        assert "python -m pcdeq_zoo.timm" in self.run("--help").stdout
+
+    @pytest.mark.skipif("PCDEQ_TIMM" not in os.environ, reason="$PCDEQ_TIMM names no checkout of timm's repository")
+    def test_timms_own_scripts(self, tmp_path):
+        """An epoch of train.py on noise, and validate.py of what it leaves."""
+        timm_folder = Path(os.environ["PCDEQ_TIMM"])
+        for split in ("train", "validation"):
+            for label in ("a", "b"):
+                (tmp_path / "data" / split / label).mkdir(parents=True)
+                for i in range(8):
+                    noise = torch.randint(256, (32, 32, 3), dtype=torch.uint8).numpy()
+                    Image.fromarray(noise).save(tmp_path / "data" / split / label / f"{i}.png")
+        common = ["--data-dir", tmp_path / "data", "--model", "pcdeq1_mc_relu6_cifar", "--num-classes", "2", "-b", "4"]
+        common += ["--workers", "0", "--device", "cpu"]
+        done = self.run(timm_folder / "train.py", *common, "--epochs", "1", "--output", tmp_path, "--experiment", "run")
+        assert done.returncode == 0, done.stderr
+        weights = tmp_path / "run" / "last.pth.tar"
+        done = self.run(timm_folder / "validate.py", *common, "--checkpoint", weights)
+        assert done.returncode == 0, done.stderr
+        assert '"top1"' in done.stdout

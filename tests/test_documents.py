@@ -4,7 +4,10 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 from recipe_runs import ROOT
 
 from pcdeq_zoo import VARIANTS
@@ -37,14 +40,59 @@ def test_readme_examples_run():
             "certified_robustness",
             r"^a 7 within ±0\.05 .*: proven, by a margin of \d\.\d\d; .*\n(.*\n)+7 +[─●]+ +\d\.\d\d",
         ),
+        ("predict", r"^28x28 L, light on dark; what the net saw:\n([ ░▒▓█]+\n){10}7 9\d\.\d %, "),
+        ("fine_tune", r"\n(6[5-9]|7[0-2]) of 72 held-out images right; classes: circle, square, triangle\n$"),
+        ("saliency", r"^slope of the logit along its gradient: (\d\.\d\d\d), by differences \1\ndrew saliency\.png"),
+        (
+            "compare_solvers",
+            r"^to 1e-3: plain iteration (1[5-9]|2\d) evaluations, this package (9|1[0-4])\.\d on average",
+        ),
+        pytest.param(
+            "onnx_file",
+            r"in onnxruntime: 39\d of 400 right, logits within \d\.\de-0[3-9] of PyTorch's\n$",
+            marks=pytest.mark.skipif(
+                torch.__version__ < (2, 11), reason="the ONNX exporter takes loops in PyTorch 2.11"
+            ),
+        ),
         ("certified_digit", r"a 7, taken for a 7 with 9\d\.\d %\n(deq\d: .* unit proven within \d\.\de-04 .*\n){3}$"),
     ],
 )
-def test_examples_run(name: str, said: str):
-    script = [sys.executable, "-W", "error", str(ROOT / "examples" / f"{name}.py")]
-    done = subprocess.run(script, capture_output=True, text=True, cwd=ROOT)
+def test_examples_run(name: str, said: str, tmp_path):
+    """In a folder of their own, for what they write."""
+    script = ROOT / "examples" / f"{name}.py"
+    assert len(script.read_text().splitlines()) <= 60
+    done = subprocess.run([sys.executable, "-W", "error", script], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.search(said, done.stdout)
+
+
+def test_a_digit_is_read_whatever_its_polarity_mode_and_size(tmp_path, sample):
+    ink = Image.fromarray(sample[0][0, 0].numpy()).resize((150, 180))
+    light, dark = (Image.new("L", ink.size, shade) for shade in (255, 0))
+    pictures = {
+        "inverted": Image.composite(dark, light, ink),
+        "bilevel": Image.composite(dark, light, ink).convert("1"),
+        "palette": Image.composite(dark, light, ink).convert("P"),
+        "deep": Image.fromarray(np.asarray(ink).astype(np.uint16) * 200),
+        "black on nothing": Image.merge("RGBA", [dark, dark, dark, ink]),
+        "white on nothing": Image.merge("RGBA", [light, light, light, ink]),
+    }
+    files = [tmp_path / f"{name}.png" for name in pictures]
+    for file, picture in zip(files, pictures.values(), strict=True):
+        picture.save(file)
+    script = [sys.executable, "-W", "error", ROOT / "examples" / "predict.py"]
+    done = subprocess.run([*script, *files], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"^7 9\d\.\d %", done.stdout, re.M)) == len(pictures)
+    assert re.findall("dark on light|light on dark", done.stdout) == [
+        *["dark on light"] * 3,
+        "light on dark",
+        "dark on light",
+        "light on dark",
+    ]
+    Image.new("L", (40, 40), 128).save(tmp_path / "empty.png")
+    done = subprocess.run([*script, tmp_path / "empty.png"], capture_output=True, text=True)
+    assert done.stderr == "there is nothing in the picture; wanted one digit on a plain ground\n"
 
 
 def test_readme_names_models_and_commands_that_exist():

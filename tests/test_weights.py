@@ -112,8 +112,8 @@ def test_nothing_is_recorded_that_has_no_row():
 @every_checkpoint
 def test_the_mean_over_seeds_is_not_below_the_paper(checkpoint: Checkpoint):
     """By more than 0.1, as the paper rounds its means and ours scatter; but for the net that is marked as short."""
-    if checkpoint.variant.recipes[checkpoint.tag].eps:
-        return  # what is proven costs accuracy
+    if checkpoint.recipe.eps or checkpoint.recipe.images:
+        return  # what is proven costs accuracy, and so do images that are not there
     mean = statistics.mean(run.top1 for run in runs() if run.name == checkpoint.name)
     short = round(checkpoint.variant.paper_accuracy - mean, 2)
     if checkpoint.name == "pcdeq1_l_tanh_mnist.paper":

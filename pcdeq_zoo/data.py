@@ -8,13 +8,16 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["DATASETS", "DataError", "Dataset", "load", "normalize"]
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["DATASETS", "DataError", "Dataset", "as_digit", "load", "normalize"]
 
 DATA_ROOT_VARIABLE = "PCDEQ_ZOO_DATA"
 DEFAULT_DATA_ROOT = "../shared/data"
@@ -139,6 +142,50 @@ def normalize(images: Tensor, dataset: Dataset) -> Tensor:
         raise ValueError(f"{dataset.title} images are (N, {len(dataset.mean)}, H, W), got {tuple(images.shape)}")
     mean, std = (torch.tensor(v, device=images.device).view(-1, 1, 1) for v in (dataset.mean, dataset.std))
     return images.float().div(255).sub(mean).div(std)
+
+
+def as_digit(picture: Image) -> tuple[Tensor, str]:
+    """A picture of a digit as MNIST has them: white on black, 20 pixels high or wide, its center of mass in the middle.
+
+    Args:
+        picture: One digit on a plain ground, dark on light or light on dark, of any size and mode.
+
+    Returns:
+        Pixels (1, 28, 28), uint8, for `normalize`; and what the picture was, in words.
+
+    Raises:
+        DataError: There is nothing in it.
+    """
+    from PIL import Image
+
+    light = _luminance(picture)
+    dark_on_light = float(np.median(np.concatenate([light[0], light[-1], light[:, 0], light[:, -1]]))) > 0.5
+    ink = 1 - light if dark_on_light else light
+    ink = np.clip((ink - np.median(ink)) / max(np.ptp(ink), 1e-9), 0, 1)
+    rows, columns = (np.flatnonzero(ink.max(axis) > 0.3) for axis in (1, 0))
+    if not len(rows):
+        raise DataError("there is nothing in the picture; wanted one digit on a plain ground")
+    cut = Image.fromarray((255 * ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]).astype(np.uint8))
+    scale = 20 / max(cut.size)
+    cut = cut.resize((max(1, round(scale * cut.width)), max(1, round(scale * cut.height))), Image.Resampling.BOX)
+    mass = np.asarray(cut, dtype=np.float64)
+    middle = (mass.sum(axis) @ np.arange(mass.shape[1 - axis]) / mass.sum() for axis in (0, 1))
+    left, top = (round(13.5 - place) for place in middle)
+    canvas = Image.new("L", (28, 28))
+    canvas.paste(cut, (left, top))
+    ground = "dark on light, inverted" if dark_on_light else "light on dark"
+    return torch.from_numpy(np.array(canvas))[None], f"{picture.width}x{picture.height} {picture.mode}, {ground}"
+
+
+def _luminance(picture: Image) -> np.ndarray:
+    """Of a picture (H, W), from 0 to 1, with what is transparent in the shade that the rest of it is not."""
+    if picture.mode.startswith(("I", "F")):  # 16 bits, which PIL's own conversion clips
+        values = np.asarray(picture, dtype=np.float64)
+        return (values - values.min()) / max(np.ptp(values), 1)
+    color = picture.convert("RGBA")
+    light, alpha = np.asarray(color.convert("L")) / 255.0, np.asarray(color)[..., 3] / 255.0
+    mean = (light * alpha).sum() / max(alpha.sum(), 1e-9)
+    return light * alpha + (mean < 0.5) * (1 - alpha)
 
 
 def load(dataset: Dataset, split: Split, source: str | Path | None = None) -> tuple[Tensor, Tensor]:

@@ -139,7 +139,7 @@ EVALUATE = [
         "--model pcdeq1_mc_tanh_svhn.zoo",
         "no weights of pcdeq1_mc_tanh_svhn.zoo ship; there are pcdeq1_l_relu6_mnist.zoo, ",
     ),
-    ("--model pcdeq1_mc_tanh_svhn", "no weights of pcdeq1_mc_tanh_svhn.zoo4434 are published yet"),
+    ("--model pcdeq1_sc_tanh_cifar", "no weights of pcdeq1_sc_tanh_cifar.paper are published yet"),
     (f"--model {NAME} --data /no/such/folder", "no data folder /no/such/folder"),
     (f"--model {NAME} --checkpoint /no/such/file", "there is no file /no/such/file"),
     (f"--model {NAME} --output /no/such/folder/row.csv", "there is no folder /no/such/folder"),

@@ -11,7 +11,7 @@ from PIL import Image
 from recipe_runs import ROOT
 
 from pcdeq_zoo import VARIANTS
-from tools import report
+from tools import api, report
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -23,11 +23,15 @@ def test_tables_match_the_data(document: str):
     assert report.updated(text) == text, "run python -m tools.report"
 
 
+def test_the_reference_is_that_of_the_code():
+    assert api.FILE.read_text(encoding="utf-8") == api.reference(), "run python -m tools.api"
+
+
 def test_readme_examples_run():
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     outside = ("digit.png", "theirs.pth", "path/to/", "NAMESPACE/", "you/")  # need what is the reader's
     runnable = [block for block in blocks if not any(name in block for name in outside)]
-    assert len(runnable) == 3
+    assert len(runnable) == 4
     for block in runnable:
         exec(block, {})
 
@@ -93,6 +97,14 @@ def test_a_digit_is_read_whatever_its_polarity_mode_and_size(tmp_path, sample):
     Image.new("L", (40, 40), 128).save(tmp_path / "empty.png")
     done = subprocess.run([*script, tmp_path / "empty.png"], capture_output=True, text=True)
     assert done.stderr == "there is nothing in the picture; wanted one digit on a plain ground\n"
+
+
+def test_links_lead_somewhere():
+    files = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "MODEL_CARD.md", "CHANGELOG.md")]
+    for file in [*files, *(ROOT / "docs").glob("*.md")]:
+        text = re.sub(r"```.*?```", "", file.read_text(encoding="utf-8"), flags=re.DOTALL)
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+            assert (file.parent / link).exists(), f"{file.name}: {link}"
 
 
 def test_readme_names_models_and_commands_that_exist():

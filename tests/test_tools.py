@@ -89,7 +89,7 @@ class TestShip:
         assert f"| {first.top1 + 1:.2f} ± 1.41 (2 runs) |" in report.paper_table("mnist")
         ((group, networks),) = report.groups().items()
         assert group == "mnist-l-paper"
-        report.draw(group, networks, tmp_path / "figure.svg")
+        report.draw(networks, tmp_path / "figure.svg")
         drawn = (tmp_path / "figure.svg").read_text()
         assert "<svg" in drawn
         assert (ROOT / "docs" / "figures" / "mnist-l-paper.svg").is_file()

@@ -21,10 +21,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import timm
+
 from benchmarks import tables as benchmark
 from benchmarks.compare import RESULTS, SYSTEMS
 from benchmarks.compared import VARIANTS as OTHERS
+from demo.equilibrium import approach, draw_approach, pcdeq_layers
 from pcdeq_zoo import DATASETS, VARIANTS, Variant
+from pcdeq_zoo.data import load, normalize
 from pcdeq_zoo.files import replace_file
 from pcdeq_zoo.weights import Checkpoint, checkpoints
 from tools.ship import log_of, runs
@@ -42,7 +46,9 @@ def models() -> str:
     lines = ["| Model | Data | Parameters | Paper, % | Checkpoint, % |", "|---|---|--:|--:|--:|"]
     for variant in VARIANTS.values():
         default = shipped.get(f"{variant.name}.{variant.default_recipe}")
-        ours = f"{default.top1:.2f}{_remark(default)}" if default else "–"
+        ours = "–"
+        if default:
+            ours = f"[{default.top1:.2f}]({default.file.relative_to(ROOT)}){_remark(default)}"
         cells = f"`{variant.name}`", variant.dataset.title, f"{variant.parameters:,}", f"{variant.paper_accuracy}", ours
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -171,7 +177,16 @@ def _pyplot() -> Any:
     return pyplot
 
 
-def draw(group: str, networks: dict[str, list[Checkpoint]], file: Path) -> None:
+def save(figure: Any, file: Path) -> None:
+    """Write a figure as SVG, with the same bytes for the same figure."""
+    drawing = io.BytesIO()
+    figure.savefig(drawing, format="svg", metadata={"Date": None, "Title": file.stem})
+    _pyplot().close(figure)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(file, drawing.getvalue())
+
+
+def draw(networks: dict[str, list[Checkpoint]], file: Path) -> None:
     """By epoch: training accuracy, evaluations forward and backward, of dense layers the largest singular value of W.
 
     Lines are means over seeds and layers, bands the extremes of the seeds.
@@ -196,11 +211,7 @@ def draw(group: str, networks: dict[str, list[Checkpoint]], file: Path) -> None:
                 axis.fill_between(epochs, low, high, color=drawn.get_color(), alpha=0.2, linewidth=0)
         axis.set(title=title, xlabel="Epoch")
     axes[0].legend(frameon=False)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    drawing = io.BytesIO()
-    figure.savefig(drawing, format="svg", metadata={"Date": None, "Title": group})
-    plt.close(figure)
-    replace_file(file, drawing.getvalue())
+    save(figure, file)
 
 
 def draw_certificate(file: Path) -> None:
@@ -223,10 +234,7 @@ def draw_certificate(file: Path) -> None:
         axis.annotate(name, (place, 0.56), textcoords="offset points", xytext=(3, 0))
     axis.set(xlim=(0.55, 1), ylim=(0.55, 1))
     axis.legend(frameon=False, loc="upper left")
-    drawing = io.BytesIO()
-    figure.savefig(drawing, format="svg", metadata={"Date": None, "Title": "certificate"})
-    plt.close(figure)
-    replace_file(file, drawing.getvalue())
+    save(figure, file)
 
 
 def draw_robustness(panels: list[dict[str, Any]], file: Path) -> None:
@@ -249,10 +257,7 @@ def draw_robustness(panels: list[dict[str, Any]], file: Path) -> None:
         )
     axes[0][0].set(ylabel=f"Of the first {panels[0]['images']:,} test images, %")
     axes[0][0].legend(frameon=False, fontsize=7)
-    drawing = io.BytesIO()
-    figure.savefig(drawing, format="svg", metadata={"Date": None, "Title": "robustness"})
-    plt.close(figure)
-    replace_file(file, drawing.getvalue())
+    save(figure, file)
 
 
 def draw_comparison(found: dict[str, Any], file: Path) -> None:
@@ -270,10 +275,7 @@ def draw_comparison(found: dict[str, Any], file: Path) -> None:
         axis.set(title=DATASETS[dataset].title, xlabel="Minutes of training, one thread")
         axis.legend(frameon=False, fontsize=7)
     axes[0][0].set(ylabel="Training accuracy, %")
-    drawing = io.BytesIO()
-    figure.savefig(drawing, format="svg", metadata={"Date": None, "Title": "comparison"})
-    plt.close(figure)
-    replace_file(file, drawing.getvalue())
+    save(figure, file)
 
 
 def _mean_evaluations(line: dict[str, Any], direction: str) -> float:
@@ -337,8 +339,15 @@ def main() -> None:
     for file, text in helps().items():
         replace_file(file, text)
     for group, networks in groups().items():
-        draw(group, networks, FIGURES / f"{group}.svg")
+        draw(networks, FIGURES / f"{group}.svg")
         print(f"drew {group}.svg")
+    model = timm.create_model("pcdeq1_mc_softsign_mnist", pretrained=True).eval()
+    digit = load(DATASETS["mnist"], "test", "sample")[0][:1]
+    name, layer, u = next(pcdeq_layers(model, normalize(digit, DATASETS["mnist"])))
+    save(
+        draw_approach(approach(layer, u), f"{model.pretrained_cfg['architecture']}, {name}"),
+        FIGURES / "equilibrium.svg",
+    )
     draw_certificate(FIGURES / "certificate.svg")
     draw_robustness(
         json.loads((ROOT / "benchmarks" / "robustness.json").read_text("utf-8")), FIGURES / "robustness.svg"

@@ -1,0 +1,82 @@
+"""The reference of the package as Markdown, from its docstrings: docs/api.md.
+
+python -m tools.api
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from pathlib import Path
+from typing import Any
+
+import pcdeq_zoo
+from pcdeq_zoo.files import replace_file
+
+FILE = Path(__file__).parents[1] / "docs" / "api.md"
+
+_HEAD = """# Reference
+
+What `import pcdeq_zoo` gives, from the docstrings, by `python -m tools.api`. The models themselves are created by
+`timm.create_model(name, ...)`, which takes the arguments of `PcDEQ`; for their names see
+[README.md](../README.md#models).
+"""
+
+
+def entry(name: str, value: Any) -> str:
+    """A section on a function or class, its own public methods and properties included."""
+    if not (inspect.isclass(value) or inspect.isfunction(value)):
+        return f"## `{name}`\n\n{_described(value)}\n"
+    parts = [f"## `{name}`\n\n{_block(name, value)}\n"]
+    if inspect.isclass(value) and not issubclass(value, Exception | tuple):
+        for key, member in vars(value).items():
+            if key.startswith("_") or not getattr(member, "__doc__", None):
+                continue
+            if isinstance(member, property):
+                parts.append(f"`{name}.{key}`\n\n```text\n{inspect.getdoc(member)}\n```\n")
+            elif isinstance(member, types.FunctionType):
+                parts.append(f"{_block(f'{name}.{key}', member)}\n")
+    return "\n".join(parts)
+
+
+def _block(name: str, value: Any) -> str:
+    return f"```text\n{name}{_signature(value)}\n\n{inspect.getdoc(value)}\n```"
+
+
+def _signature(value: Any) -> str:
+    """With annotations as they are written; nothing for an exception."""
+    if inspect.isclass(value) and issubclass(value, Exception):
+        return ""
+    signature = inspect.signature(value)
+    written = [p.replace(annotation=_Written(p.annotation)) for p in signature.parameters.values()]
+    return str(signature.replace(parameters=written, return_annotation=_Written(signature.return_annotation)))
+
+
+class _Written:
+    """An annotation that shows itself without quotes."""
+
+    def __new__(cls, annotation: Any) -> Any:
+        if annotation is inspect.Parameter.empty:
+            return annotation
+        self = super().__new__(cls)
+        self.text = getattr(annotation, "__forward_arg__", annotation)
+        return self
+
+    def __repr__(self) -> str:
+        return self.text if isinstance(self.text, str) else inspect.formatannotation(self.text)
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"A dict of {len(value)} `{type(next(iter(value.values()))).__name__}`, from `{next(iter(value))!r}` on."
+    return f"`{value!r}`"
+
+
+def reference() -> str:
+    """All of it."""
+    names = sorted(pcdeq_zoo.__all__, key=lambda name: (name.lower(), name))
+    return "\n".join([_HEAD, *(entry(name, getattr(pcdeq_zoo, name)) for name in names)])
+
+
+if __name__ == "__main__":
+    replace_file(FILE, reference())

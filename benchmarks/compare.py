@@ -1,6 +1,6 @@
 """pcDEQ beside the systems that the paper compares with: trained for equal time on the same cores, by the same loop.
 
-    python -m benchmarks.compare --jobs 2                all of it: half a day on two cores
+    python -m benchmarks.compare --jobs 2                all of it: four to five hours on two cores
     python -m benchmarks.compare '*_mnist' --jobs 2      the systems of MNIST
     python -m benchmarks.compare mondeq_l_mnist --share 0.1 --runs runs/try    a tenth of the time, to try it
 
@@ -24,6 +24,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -59,6 +60,9 @@ FEW = ["--limit-train=6000", "--epochs=5"]  # of equal epochs
 BINS = 24  # of the time, in a curve
 BATCH = 64
 
+# How a training ends whose solves fail, or whose loss is no number: torchdiffeq's AssertionError among them.
+BREAKDOWN = re.compile(r"(\w+\.)*ConvergenceError|AssertionError|epoch \d+, step \d+: ")
+
 
 @dataclass(frozen=True)
 class Harness:
@@ -72,34 +76,37 @@ class Harness:
         """What all runs of a system have."""
         flags = ["--module=benchmarks.compared", f"--model={variant.name}", "--resume", "--mixed-precision=no"]
         flags += ["--save-every=200", "--cpu"]
-        if variant.name in OURS:
-            flags += ["--recipe=" + ("zoo4434" if variant.dataset.name == "svhn" else "zoo")]
+        flags += [f"--recipe={tag_of(variant)}"]
         if variant.dataset.name == "svhn":
             flags += [f"--images={SVHN_IMAGES}"]
         if folder := data_of(variant, self.data):
             flags += [f"--data={folder}"]
         return flags
 
-    def train(self, variant: Variant, what: str, *flags: str) -> Path | None:
-        """One run; its folder, or None if it failed, which a file beside it says why."""
+    def train(self, variant: Variant, what: str, *flags: str) -> None:
+        """One run. If its training breaks down, a file beside it says how, and it is not tried again.
+
+        Raises:
+            SystemExit: It ended by anything else, such as a kill or missing data, which is no fault of the system's.
+        """
         output = self.runs / f"{variant.name}.{what}"
         failure = output.with_name(f"{output.name}.failed")
         if failure.exists():
-            return None
+            return
         output.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, str(ROOT / "recipes" / "train.py"), *self.settings(variant), *flags]
         paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
         with output.with_name(f"{output.name}.txt").open("a", encoding="utf-8") as console:
             done = subprocess.run([*command, f"--output={output}"], stdout=console, stderr=console, env=environment)
-        if done.returncode < 0:
-            raise SystemExit(f"{output} was killed; start this again to go on")
-        if done.returncode:
-            lines = output.with_name(f"{output.name}.txt").read_text("utf-8", errors="replace").split("\n")
-            replace_file(failure, next(line for line in reversed(lines) if line.strip()) + "\n")
-            tqdm.write(f"{output} failed: {failure.read_text('utf-8').strip()}")
-            return None
-        return output
+        if not done.returncode:
+            return
+        lines = output.with_name(f"{output.name}.txt").read_text("utf-8", errors="replace").splitlines()
+        last = next((line for line in reversed(lines) if line.strip()), "")
+        if done.returncode < 0 or not BREAKDOWN.match(last):
+            raise SystemExit(f"{output} ended, start this again to go on: {last}")
+        replace_file(failure, last + "\n")
+        tqdm.write(f"{output} failed: {last}")
 
     def system(self, variant: Variant) -> None:
         """All runs of a system."""
@@ -116,7 +123,7 @@ class Harness:
         """Learning rates to try; none for ours."""
         if variant.name in OURS:
             return []
-        return [float(f"{variant.recipes['published'].lr * factor:.3g}") for factor in RATES]
+        return [float(f"{variant.recipes[tag_of(variant)].lr * factor:.3g}") for factor in RATES]
 
     def trials(self, variant: Variant) -> dict[float, float | None]:
         """Accuracy on the held-out images by learning rate; None of a run that failed."""
@@ -129,7 +136,7 @@ class Harness:
     def best_rate(self, variant: Variant) -> float | None:
         """The learning rate that did best; of ours its own. None if all failed."""
         if variant.name in OURS:
-            return VARIANTS[variant.name].recipes["zoo"].lr
+            return variant.recipes[tag_of(variant)].lr
         found = {rate: top1 for rate, top1 in self.trials(variant).items() if top1 is not None}
         return max(found, key=lambda rate: found[rate]) if found else None
 
@@ -154,13 +161,20 @@ class Harness:
         return found
 
 
+def tag_of(variant: Variant) -> str:
+    """The recipe that a system is trained by."""
+    if variant.name not in OURS:
+        return "published"
+    return "zoo4434" if variant.dataset.name == "svhn" else "zoo"
+
+
 def data_of(variant: Variant, data: str | None) -> str | None:
     """--data of a run: for SVHN the folder of its first digits, where there is one."""
     root = Path(data or os.environ.get(DATA_ROOT_VARIABLE, DEFAULT_DATA_ROOT))
     first = root / f"svhn_first_{SVHN_IMAGES}"
-    return (
-        str(first) if variant.dataset.name == "svhn" and first.is_dir() else data and str(root / variant.dataset.folder)
-    )
+    if variant.dataset.name == "svhn" and first.is_dir():
+        return str(first)
+    return data and str(root / variant.dataset.folder)
 
 
 def result(path: Path) -> dict[str, str] | None:
@@ -194,7 +208,7 @@ def costs(names: list[str], harness: Harness, rounds: int) -> dict[str, dict[str
         images, labels = load(variant.dataset, "train", data_of(variant, harness.data))
         x, y = normalize(images[:BATCH], variant.dataset), labels[:BATCH]
         file = harness.runs / f"{name}.time" / "model.safetensors"
-        recipe = variant.recipes["zoo" if name in OURS else "published"]
+        recipe = variant.recipes[tag_of(variant)]
         overlay = {"file": str(file)} if file.exists() else None
         create = {"pretrained": file.exists(), "stop": recipe.stop, "tol": recipe.tol}
         train = timm.create_model(name, **create, pretrained_cfg_overlay=overlay).train()

@@ -479,8 +479,7 @@ def main() -> None:
     if accelerator.device.type == "cuda":
         torch.use_deterministic_algorithms(True, warn_only=True)
 
-    with torch.device("meta"):
-        make_model(config, recipe)  # to hear now, before anything is written, that there is none
+    make_model(config, recipe)  # to hear now, before anything is written, that there is none
     images, labels = training_images(config, recipe, accelerator.num_processes)
     settings = settings_of(config, recipe, accelerator, len(images))
     check_folder(output, settings, config.resume)

@@ -20,6 +20,12 @@ from torch import Tensor, nn
 
 from pcdeq_zoo.solution import ConvergenceError, Direction, Solution, announce
 
+# Here and not where it is needed: it makes tensors as it is imported, on whatever device is the default just then.
+try:
+    from torchdiffeq import odeint_adjoint
+except ImportError:
+    odeint_adjoint = None
+
 
 class Velocity(nn.Module):
     """f(x, t). `evaluations`, shape (N,), is counted up by each call."""
@@ -62,11 +68,9 @@ class ODEFlow(nn.Module):
 
     def __init__(self, velocity: Velocity, solver: ODESolver) -> None:
         super().__init__()
-        try:
-            from torchdiffeq import odeint_adjoint
-        except ImportError as error:
-            raise ImportError("neural ODEs need torchdiffeq: pip install torchdiffeq==0.2.5") from error
-        self.velocity, self.solver, self._odeint = velocity, solver, odeint_adjoint
+        if odeint_adjoint is None:
+            raise ImportError("neural ODEs need torchdiffeq: pip install torchdiffeq==0.2.5")
+        self.velocity, self.solver = velocity, solver
 
     def forward(self, x: Tensor) -> Tensor:
         thread = threading.get_ident()
@@ -74,7 +78,7 @@ class ODEFlow(nn.Module):
         settings = {"rtol": self.solver.tol, "atol": self.solver.tol, "method": "dopri5"}
         self._count("forward", x, thread)
         try:
-            y = self._odeint(self.velocity, x, times, options={"max_num_steps": self.solver.max_steps}, **settings)[1]
+            y = odeint_adjoint(self.velocity, x, times, options={"max_num_steps": self.solver.max_steps}, **settings)[1]
         except AssertionError as error:  # what torchdiffeq raises
             raise ConvergenceError(
                 f"the ODE could not be solved to {self.solver.tol:g} in {self.solver.max_steps} steps: {error}; "

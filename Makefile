@@ -44,7 +44,7 @@ test: setup
 
 # In a headless Chromium: /usr/bin/chromium and /usr/bin/chromedriver, Debian's packages chromium and chromium-driver.
 test-page: setup
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo]' 'selenium>=4.30'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo]' 'selenium>=4.51'
 	$(BIN)/python -m pytest -m '' tests/test_demo.py
 
 test-oldest:

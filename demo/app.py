@@ -10,12 +10,10 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-sys.path.insert(0, str(Path(__file__).parent))  # as a Space has it, which is this folder alone
 
 import gradio as gr
 import numpy as np

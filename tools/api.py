@@ -48,22 +48,21 @@ def _signature(value: Any) -> str:
     if inspect.isclass(value) and issubclass(value, Exception):
         return ""
     signature = inspect.signature(value)
-    written = [p.replace(annotation=_Written(p.annotation)) for p in signature.parameters.values()]
-    return str(signature.replace(parameters=written, return_annotation=_Written(signature.return_annotation)))
+    written = [p.replace(annotation=_written(p.annotation)) for p in signature.parameters.values()]
+    return str(signature.replace(parameters=written, return_annotation=_written(signature.return_annotation)))
 
 
-class _Written:
-    """An annotation that shows itself without quotes."""
+class _Unquoted(str):
+    """A text that shows itself without quotes."""
 
-    def __new__(cls, annotation: Any) -> Any:
-        if annotation is inspect.Parameter.empty:
-            return annotation
-        self = super().__new__(cls)
-        self.text = getattr(annotation, "__forward_arg__", annotation)
-        return self
+    __repr__ = str.__str__
 
-    def __repr__(self) -> str:
-        return self.text if isinstance(self.text, str) else inspect.formatannotation(self.text)
+
+def _written(annotation: Any) -> Any:
+    if annotation is inspect.Parameter.empty:
+        return annotation
+    text = getattr(annotation, "__forward_arg__", annotation)
+    return _Unquoted(text if isinstance(text, str) else inspect.formatannotation(text))
 
 
 def _described(value: Any) -> str:

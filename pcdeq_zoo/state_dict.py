@@ -15,7 +15,7 @@ from torch import Tensor
 
 __all__ = ["OLD_NAMES", "WeightsError", "check_state_dict", "check_tensor", "translated"]
 
-# Parameters of a pcDEQ layer in the files of the authors and of version 0.1.0 before it was published.
+# Parameters of a pcDEQ layer in the files of the authors and of version 0.1.0.
 OLD_NAMES = {"weight_g": "magnitude", "weight_v": "direction"}
 
 _STEM = "features.conv1.weight"

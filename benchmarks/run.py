@@ -85,9 +85,8 @@ def trained(name: str, data: str | None) -> PcDEQ:
     if not (run / "model.safetensors").is_file():
         print(f"training {name} for {TRAINING_STEPS} steps", flush=True)
         images = TRAINING_STEPS * VARIANTS[name].recipes["paper"].batch_size
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
-        command += ["--mixed_precision=no", "--dynamo_backend=no", str(ROOT / "recipes" / "train.py"), "--model", name]
-        command += ["--recipe=paper", "--epochs=1", f"--limit-train={images}", "--output", str(run)]
+        command = [sys.executable, str(ROOT / "recipes" / "train.py"), "--model", name, "--mixed-precision=no"]
+        command += ["--recipe=paper", "--epochs=1", f"--limit-train={images}", "--output", str(run), "--resume"]
         subprocess.run([*command, *(["--data", data] if data else [])], check=True, stdout=subprocess.DEVNULL)
     return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(run / "model.safetensors")})
 

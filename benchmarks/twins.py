@@ -144,7 +144,7 @@ def main() -> None:
             logits, margins = forward_with_margins(model, x, labels[batch], eps)
             clean, worst = F.cross_entropy(logits, labels[batch]), F.cross_entropy(-margins, labels[batch])
             optimizer.zero_grad()
-            clean.lerp(worst, recipe.eps_weight * eps / recipe.eps).backward()
+            clean.lerp(worst, recipe.worst_case_share(eps)).backward()
             optimizer.step()
     found = {"layer": args.layer, "eps": args.eps, "seed": args.seed, "epochs": args.epochs}
     found |= measure(model, images[-HELD_OUT:], labels[-HELD_OUT:], args.eps)

@@ -84,7 +84,8 @@ def pixels_of(picture: Image.Image, dataset: Dataset) -> tuple[Tensor, str]:
     if dataset.name == "mnist":
         return as_digit(picture)
     _, height, width = dataset.input_size
-    resized = picture.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
+    opaque = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
+    resized = opaque.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1), f"{picture.width}x{picture.height} {picture.mode}"
 
 

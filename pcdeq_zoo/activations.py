@@ -1,7 +1,8 @@
 """The activations σ of pcDEQ layers, and what a solve, its gradient and its certificate need to know of each.
 
 To add one, add a record to `ACTIVATIONS`: nondecreasing, bounded and concave on the nonnegative numbers, σ(0) ≥ 0
-(Definition 4.3 and Remark 4.1 of https://arxiv.org/abs/2402.04029). Nothing else in the package asks which one it is.
+(Definition 4.3 and Remark 4.1 of https://arxiv.org/abs/2402.04029). Nothing in the package but `unrolled` asks which
+one it is.
 """
 
 from __future__ import annotations

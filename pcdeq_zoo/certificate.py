@@ -172,4 +172,4 @@ def enclosure(layer: PcDEQLinear | PcDEQConv2d, x: Tensor, *, tol: float = 1e-9,
             upper = torch.minimum(map_(upper) * (1 + margin), upper)
             if bool((upper - lower <= tol * lower).all()):
                 break
-    return Enclosure(lower, upper)
+    return Enclosure(lower.reshape(x.shape), upper.reshape(x.shape))

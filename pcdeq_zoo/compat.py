@@ -37,11 +37,28 @@ def cpu_capabilities() -> Mapping[str, Any]:
 
 
 class Switch(NamedTuple):
-    """An attribute that decides in which precision float32 products are made, and its value for float32."""
+    """An attribute that decides in which precision float32 products are made.
+
+    Attributes:
+        owner, name: Of the attribute.
+        exact: Its value for float32.
+        inherited: Its value for that of its parent, which reading it then gives; None if it has none.
+    """
 
     owner: Any
     name: str
     exact: Any
+    inherited: Any = None
+
+    def make_exact(self) -> Any:
+        """Set it to `exact`; returns the value to set it back to."""
+        found = getattr(self.owner, self.name)
+        if self.inherited is not None:
+            setattr(self.owner, self.name, self.inherited)
+            if getattr(self.owner, self.name) == found:  # the parent's, and to be so when that changes
+                found = self.inherited
+        setattr(self.owner, self.name, self.exact)
+        return found
 
 
 class _Nnpack:
@@ -77,4 +94,4 @@ def precision_switches() -> list[Switch]:
     owners = [backends.mkldnn.conv, backends.mkldnn.matmul]
     if torch.cuda.is_available():
         owners += [backends.cudnn.conv, backends.cuda.matmul]
-    return [*(Switch(owner, "fp32_precision", "ieee") for owner in owners), nnpack]
+    return [*(Switch(owner, "fp32_precision", "ieee", "none") for owner in owners), nnpack]

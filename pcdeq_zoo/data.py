@@ -159,7 +159,8 @@ def as_digit(picture: Image) -> tuple[Tensor, str]:
     from PIL import Image
 
     light = _luminance(picture)
-    dark_on_light = float(np.median(np.concatenate([light[0], light[-1], light[:, 0], light[:, -1]]))) > 0.5
+    ground = np.median(np.concatenate([light[0], light[-1], light[:, 0], light[:, -1]]))
+    dark_on_light = bool(ground - light.min() > light.max() - ground)
     ink = 1 - light if dark_on_light else light
     ink = np.clip((ink - np.median(ink)) / max(np.ptp(ink), 1e-9), 0, 1)
     rows, columns = (np.flatnonzero(ink.max(axis) > 0.3) for axis in (1, 0))
@@ -173,8 +174,8 @@ def as_digit(picture: Image) -> tuple[Tensor, str]:
     left, top = (round(13.5 - place) for place in middle)
     canvas = Image.new("L", (28, 28))
     canvas.paste(cut, (left, top))
-    ground = "dark on light, inverted" if dark_on_light else "light on dark"
-    return torch.from_numpy(np.array(canvas))[None], f"{picture.width}x{picture.height} {picture.mode}, {ground}"
+    polarity = "dark on light, inverted" if dark_on_light else "light on dark"
+    return torch.from_numpy(np.array(canvas))[None], f"{picture.width}x{picture.height} {picture.mode}, {polarity}"
 
 
 def _luminance(picture: Image) -> np.ndarray:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import inspect
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple, NoReturn
 from weakref import WeakSet, ref
 
@@ -262,7 +263,11 @@ class _PcDEQLayer(TraceableLoop):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        _layers.add(self)  # a copy, or one from a pickle
+        # A copy, or one from a pickle. An average of weights is a copy that is updated through its state_dict(), whose
+        # tensors are the parameters themselves only where none of these is below 0.
+        if not self.direction.is_meta and bool((self.direction < 0).any() | (self.magnitude < 0).any()):
+            project(self)
+        _layers.add(self)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -345,8 +350,9 @@ class _PcDEQLayer(TraceableLoop):
     @torch.no_grad()
     def solve(self, u: Tensor) -> Solution:
         """`forward` without a gradient, but with all that is known of the solve; see `Solution`."""
-        u = self._prepare(u)
-        return self._problem().equilibrium(u, self._normalized_weight().to(u.dtype))
+        v = self._prepare(u)
+        solution = self._problem().equilibrium(v, self._normalized_weight().to(v.dtype))
+        return replace(solution, value=solution.value.reshape(u.shape))
 
     @torch.jit.unused
     def fixed_point_map(self, u: Tensor) -> EquilibriumMap:
@@ -450,7 +456,7 @@ class _PcDEQLayer(TraceableLoop):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in OLD_NAMES.values():  # what is saved is nonnegative, the parameters stay as they are
             value = destination[prefix + name]
-            if not value.is_meta and bool((value < 0).any()):
+            if not keep_vars and not value.is_meta and bool((value < 0).any()):
                 destination[prefix + name] = value.detach().clamp(min=0)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -471,7 +477,24 @@ def _row_norms(direction: Tensor) -> Tensor:
     return torch.linalg.vector_norm(direction, dim=list(range(1, direction.ndim)), keepdim=True)
 
 
-_layers: WeakSet[_PcDEQLayer] = WeakSet()
+class _LiveLayers:
+    """All pcDEQ layers that are alive; threads that make some do not disturb one that goes through them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._layers: WeakSet[_PcDEQLayer] = WeakSet()
+
+    def add(self, layer: _PcDEQLayer) -> None:
+        with self._lock:
+            self._layers.add(layer)
+
+    def __iter__(self) -> Iterator[_PcDEQLayer]:
+        with self._lock:
+            layers = list(self._layers)
+        return iter(layers)
+
+
+_layers = _LiveLayers()
 
 
 @torch.no_grad()
@@ -490,7 +513,7 @@ def project(model: nn.Module) -> None:
 @torch.no_grad()
 def _project_after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for layer in list(_layers):
+    for layer in _layers:
         for parameter in (layer.magnitude, layer.direction):
             if id(parameter) in stepped:
                 parameter.clamp_(min=0)
@@ -518,6 +541,7 @@ class PcDEQLinear(_PcDEQLayer):
         self,
         features: int,
         activation: str = "relu6",
+        *,
         solver: Solver | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -558,6 +582,7 @@ class PcDEQConv2d(_PcDEQLayer):
         channels: int,
         activation: str = "relu6",
         kernel_size: int = 3,
+        *,
         solver: Solver | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,

@@ -18,11 +18,11 @@ from pcdeq_zoo.activations import Activation
 from pcdeq_zoo.operators import Convolution, Operator
 
 __all__ = [
-    "AffineMap",
     "EquilibriumMap",
     "FixedPointMap",
     "FunctionMap",
     "LinearizedMap",
+    "OperatorMap",
     "Pair",
     "cache_blocks",
     "per_sample",
@@ -57,7 +57,7 @@ class Pair:
     Attributes:
         z0, z1, z2: The iterates.
         d1, d2: z₁ − z₀ and z₂ − z₁.
-        p1, p2: Of an `AffineMap`, z₁ = f(p₁) and z₂ = f(p₂); p₁ is kept only if it is from a full product.
+        p1, p2: Of an `OperatorMap`, z₁ = f(p₁) and z₂ = f(p₂); p₁ is kept only if it is from a full product.
         size1, size2, size: ‖d₁‖₂, ‖d₂‖₂ and ‖z₂‖₂ of each sample, shape (N,); of a `rescaled` pair relative to
             its largest entry.
         moved: How far reduced products have moved z₂ since the last full one: ‖ ‖₂ of the changes they made, added
@@ -110,15 +110,16 @@ class Pair:
 
 
 class FixedPointMap:
-    """What a solver needs of a map g. Subclasses: `AffineMap` with those of a layer, and `FunctionMap`."""
+    """What a solver needs of a map g. Subclasses: `OperatorMap` with those of a layer, and `FunctionMap`."""
 
     start: Tensor  # first iterate, shape (N, ...)
-    reduced_error: float | None = None  # relative error of its products, where these are reduced
+    like: Tensor  # of its shape, dtype and device, and no work to have
+    reduced_error: float | None = None  # of its products, relative, 0 if that is not to count; None: not reduced
 
     @property
     def check_every(self) -> int:
         """Evaluations after which it is worth to ask whether samples are done: a multiple of 2."""
-        return 2 if self.start.device.type == "cpu" else 4  # reading the answer waits for the device
+        return 2 if self.like.device.type == "cpu" else 4  # reading the answer waits for the device
 
     def pair(self, z: Tensor, before: Pair | None = None, full: Tensor | None = None) -> Pair:
         """Two evaluations from z.
@@ -151,7 +152,7 @@ class FixedPointMap:
         return self
 
 
-class AffineMap(FixedPointMap):
+class OperatorMap(FixedPointMap):
     """g(z) = f(p), p = A z + x, with f unit by unit: the form of the equilibrium and of its linearisation.
 
     Where A has reduced products, p is kept, and moved along by A (z − z') with the changes of z: as these shrink, so do
@@ -169,14 +170,10 @@ class AffineMap(FixedPointMap):
     operator: Operator
     starts_full = True
 
-    def _whole(self) -> Tensor:
-        """A tensor of the whole batch that is there already."""
-        raise NotImplementedError
-
     @cached_property
     def check_every(self) -> int:
         # On a GPU the answer is waited for; of a small matrix two products are done in the time it takes.
-        return 2 if self._whole().device.type == "cpu" and isinstance(self.operator, Convolution) else 4
+        return 2 if self.like.device.type == "cpu" and isinstance(self.operator, Convolution) else 4
 
     def apply(self, p: Tensor, out: Tensor | None = None) -> Tensor:
         """f(p), into `out` if given, which may be p."""
@@ -224,23 +221,23 @@ class AffineMap(FixedPointMap):
             pair.moved = pair.size2 + (moved if full is None else moved.masked_fill(full, 0))
         return pair
 
-    def __getitem__(self, samples: slice | Tensor) -> AffineMap:
+    def __getitem__(self, samples: slice | Tensor) -> OperatorMap:
         raise NotImplementedError
 
     def blocks(self) -> Iterator[FixedPointMap]:
-        blocks = cache_blocks(self._whole())
+        blocks = cache_blocks(self.like)
         if len(blocks) == 1:
             yield self
         else:  # one by one, so that what a block computed for itself is freed with it
             yield from (self[samples] for samples in blocks)
 
-    def in_full_precision(self) -> AffineMap:
+    def in_full_precision(self) -> OperatorMap:
         full = copy.copy(self)
         full.reduced_error = None
         return full
 
 
-class EquilibriumMap(AffineMap):
+class EquilibriumMap(OperatorMap):
     """g(z) = σ(W z + x) for z ≥ 0, x the input map of u: positive and concave, with exactly one fixed point.
 
     Args:
@@ -250,7 +247,7 @@ class EquilibriumMap(AffineMap):
     """
 
     def __init__(self, u: Tensor, operator: Operator, activation: Activation) -> None:
-        self.u = u
+        self.u = self.like = u
         self.operator = operator
         self.activation = activation
         self.reduced_error = operator.reduced_error
@@ -282,11 +279,8 @@ class EquilibriumMap(AffineMap):
         """The same map in float64."""
         return EquilibriumMap(self.u.double(), self.operator.double(), self.activation)
 
-    def _whole(self) -> Tensor:
-        return self.u
 
-
-class LinearizedMap(AffineMap):
+class LinearizedMap(OperatorMap):
     """a ↦ D (A a + g) at an equilibrium z★, D = diag σ′(W z★ + x), A = W or Wᵀ. Its fixed point is (I − D A)⁻¹ D g.
 
     With A = Wᵀ and g the gradient with respect to z★ that is the gradient with respect to x (implicit function
@@ -305,7 +299,7 @@ class LinearizedMap(AffineMap):
 
     def __init__(self, slopes: Tensor, g: Tensor, operator: Operator) -> None:
         self.slopes = slopes
-        self.g = g
+        self.g = self.like = g
         self.operator = operator
         self.reduced_error = operator.reduced_error
 
@@ -330,9 +324,6 @@ class LinearizedMap(AffineMap):
         part.reduced_error = self.reduced_error
         return part
 
-    def _whole(self) -> Tensor:
-        return self.g
-
 
 class FunctionMap(FixedPointMap):
     """Any function of (N, ...) to new (N, ...) that treats each sample by itself, and a start."""
@@ -344,7 +335,7 @@ class FunctionMap(FixedPointMap):
                 f"{tuple(start.shape)}"
             )
         self.function = function
-        self.start = start
+        self.start = self.like = start
 
     def _evaluate(self, z: Tensor) -> Tensor:
         version = None if z.is_inference() else z._version

@@ -83,7 +83,7 @@ class Convolution:
 
     Args:
         weight: W.
-        reduced_error: Relative error of `reduced`; None if that is not to be used.
+        reduced_error: Relative error of `reduced`, 0 if that is not to count; None if there are to be no such products.
     """
 
     def __init__(self, weight: Tensor, reduced_error: float | None = None) -> None:
@@ -136,8 +136,8 @@ def operator(weight: Tensor, *, autocast: bool = False) -> Operator:
 
     Args:
         weight: W.
-        autocast: Use bfloat16 wherever it can be, and take what that costs for nothing, as autocast does; else where
-            the machine has such products, with an account of their error.
+        autocast: Make products in bfloat16 everywhere, and count their error for nothing, as autocast does. Without it
+            they are made so only where the machine has such products, and their error counts against the tolerance.
     """
     if weight.ndim == 2:
         return Dense(weight)
@@ -182,9 +182,7 @@ class _PrecisionSwitches:
     def __enter__(self) -> None:
         with self._lock:
             if not self._inside:
-                self._found = [getattr(switch.owner, switch.name) for switch in self._switches]
-                for switch in self._switches:
-                    setattr(switch.owner, switch.name, switch.exact)
+                self._found = [switch.make_exact() for switch in self._switches]
             self._inside += 1
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

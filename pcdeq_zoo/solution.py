@@ -188,7 +188,7 @@ def announce(
         thread: `threading.get_ident()` of the thread that it belongs to.
         on_failure: See `Solver`. A warning is given once per layer, direction and kind of failure.
     """
-    for recording in _recordings:
+    for recording in tuple(_recordings):  # another thread may end its own meanwhile
         if recording.thread == thread and id(layer) in recording.names:
             parts = (solution.status, solution.evaluations, solution.residual, solution.bound)
             recording.records.append(SolveRecord(recording.names[id(layer)], direction, *parts))

@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from pcdeq_zoo.certificate import Witness, error_bound, find_witness
 from pcdeq_zoo.maps import EquilibriumMap, FixedPointMap, FunctionMap, Pair, per_sample
+from pcdeq_zoo.operators import full_precision
 from pcdeq_zoo.series import aitken_factor, remaining_error
 from pcdeq_zoo.solution import OnFailure, Solution, Status
 
@@ -159,7 +159,7 @@ def solve(
     step: FixedPointMap | Callable[[Tensor], Tensor],
     start: Tensor | None = None,
     *,
-    tol: float = 1e-4,
+    tol: float | None = None,
     max_evals: int = 200,
     stop: Stop = "residual",
     accelerate: bool = False,
@@ -170,26 +170,29 @@ def solve(
     which is asked after each pair, or every second one (see `FixedPointMap.check_every`).
 
     Args:
-        step: Map of (N, ...) to new (N, ...) that treats each sample by itself; a function, or the map of a layer.
+        step: Map of (N, ...) to new (N, ...) that treats each sample by itself; a function, which autograd follows
+            through all its evaluations, or the map of a layer, which is solved without a gradient.
         start: First iterate, shape (N, ...), floating point; only for a function.
-        tol: Relative tolerance, above 0.
+        tol: Relative tolerance, above 0; None for what suits `stop`, see `Solver`.
         max_evals: Most evaluations of `step`, at least 2.
         stop: What a sample has to reach: "residual", "estimated" or "certified", see `Solver`; the last one only for
             the map of a layer.
         accelerate: Extrapolate each pair as a geometric series with one rate per sample.
 
     Raises:
-        ValueError: A bad argument, or a step that changes shape or dtype, or works in place.
+        ValueError, TypeError: A bad argument, or a step that changes shape or dtype, or works in place.
     """
-    Solver(tol, max_evals, stop)  # checks them
+    settings = Solver(tol, max_evals, stop)
     if not isinstance(step, FixedPointMap):
         if start is None:
             raise ValueError("a step that is a function needs a start, shape (N, ...); got None")
         step = FunctionMap(step, start)
     elif start is not None:
         raise ValueError("the map of a layer has a start of its own; got another one")
-    with nullcontext() if isinstance(step, FunctionMap) else torch.no_grad():
-        return _solve_by_blocks(step, tol, max_evals, stop, accelerate)
+    if isinstance(step, FunctionMap):
+        return _solve_by_blocks(step, settings.tol, max_evals, stop, accelerate)
+    with torch.no_grad(), full_precision(step.like.device):
+        return _solve_by_blocks(step, settings.tol, max_evals, stop, accelerate)
 
 
 def _solve_by_blocks(map_: FixedPointMap, tol: float, max_evals: int, stop: Stop, accelerate: bool) -> Solution:

@@ -94,6 +94,10 @@ class Recipe:
         """eps after so many passes over the training set."""
         return self.eps * min(1.0, passes / (self.eps_ramp * self.epochs)) if self.eps_ramp else self.eps
 
+    def worst_case_share(self, eps: float) -> float:
+        """Share of the loss that is the worst case's, at an eps on the way to the last."""
+        return self.eps_weight * eps / self.eps
+
     def learning_rate(self, passes: float) -> float:
         """Learning rate after so many passes over the training set, 0 ≤ passes ≤ epochs."""
         if self.lr_decay_epoch is not None:

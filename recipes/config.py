@@ -39,7 +39,7 @@ class Config:
     )
     grad_accum: int = setting("forwards per optimizer step", 1, above=0, below=2**20, metavar="N")
     mixed_precision: Literal["no", "bf16"] | None = setting(
-        "equilibria are solved in float32 (default: accelerate's)", None
+        "bf16: products in bfloat16, equilibria in float32 (default: accelerate's)", None
     )
     seed: int = setting("of the weights, of the order of the images, of their augmentation", 0, at_least=0, below=2**32)
     limit_train: int | None = setting("train on the first N images only", None, above=0, below=2**31, metavar="N")
@@ -56,6 +56,12 @@ class Config:
     def variant(self) -> Variant:
         """The network."""
         return VARIANTS[self.model]
+
+
+def train_slices(count: int, images: int | None, hold_out: int | None) -> tuple[slice, slice]:
+    """Which of `count` training images a run is trained on, and which it holds out: the last of the first `images`."""
+    end = min(count, images or count)
+    return slice(0, end - (hold_out or 0)), slice(end - (hold_out or 0), end)
 
 
 def import_module(name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -44,13 +45,16 @@ def check_launch(accelerator: Accelerator, processes: int | None) -> None:
         )
 
 
+_LAUNCHERS = ("accelerate", "accelerate-launch", "accelerate.commands.launch")
+
+
 class Launcher:
     """The `accelerate launch` that this process is of, if it is. A signal that ends it does not reach its child."""
 
     def __init__(self) -> None:
         parent = psutil.Process().parent()
         try:
-            launches = parent is not None and any("accelerate" in part for part in parent.cmdline())
+            launches = parent is not None and any(Path(part).name in _LAUNCHERS for part in parent.cmdline())
         except psutil.Error:
             launches = False
         self._process = parent if launches else None

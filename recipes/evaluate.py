@@ -30,7 +30,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from config import HelpFormatter
+from config import HelpFormatter, train_slices
 from run_folder import read_record
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -38,6 +38,8 @@ from tqdm import tqdm
 from pcdeq_zoo import VARIANTS, DataError, Dataset, WeightsError, certify, pgd, record_solves
 from pcdeq_zoo.data import load, normalize
 from pcdeq_zoo.weights import RESULT_COLUMNS, checkpoints, sha256, write_rows
+
+TRAINING_COLUMNS = ("model", "epochs", "seed", "commit", "hardware", "hours")  # of a results row; the rest is measured
 
 
 @torch.inference_mode()
@@ -77,16 +79,16 @@ def evaluate(
             evaluations_max = max(evaluations_max, int(record.evaluations.max()))
             bounds.append(record.bound.max().item())
     n = len(images)
-    bound_max = max(bounds) if all(map(math.isfinite, bounds)) else None
+    bound_max = max(bounds) if bounds and all(map(math.isfinite, bounds)) else None
     return {
         "n": n,
         "top1": round(100 * top1 / n, 4),
         "top5": round(100 * top5 / n, 4),
         "nll": round(nll / n, 4),
         "ece": round(100 * calibration_error(torch.cat(confidences), torch.cat(hits_all)), 2),
-        "evals_mean": round(sum(evaluations.values()) / len(evaluations) / n, 2),
+        "evals_mean": round(sum(evaluations.values()) / len(evaluations) / n, 2) if evaluations else None,
         "evals_layers": "/".join(f"{total / n:.2f}" for total in evaluations.values()),
-        "evals_max": evaluations_max,
+        "evals_max": evaluations_max if evaluations else None,
         "bound_max": None if bound_max is None else float(f"{bound_max:.2e}"),
     }
 
@@ -150,7 +152,6 @@ def measure_run(run: Path, data: str | None, device: torch.device) -> dict[str, 
     settings = read_record(run / "run.json")
     try:
         variant, held_out = VARIANTS[settings["model"]], settings["hold_out"]
-        split, part = ("train", slice(-held_out, None)) if held_out else ("test", slice(None))
         log = [json.loads(line) for line in (run / "log.jsonl").read_text("utf-8").splitlines()]
         known = {
             "model": f"{variant.name}.{settings['tag']}",
@@ -170,11 +171,14 @@ def measure_run(run: Path, data: str | None, device: torch.device) -> dict[str, 
     create: dict[str, Any] = {"pretrained": True, "pretrained_cfg_overlay": overlay}
     create["channels"] = settings.get("channels")
     model = timm.create_model(variant.name, stop=stop, **create).to(device)
-    images, labels = load(variant.dataset, split, data)
-    measured = evaluate(model, variant.dataset, images[part], labels[part])
+    images, labels = load(variant.dataset, "train" if held_out else "test", data)
+    if held_out:
+        _, part = train_slices(len(images), settings["recipe"].get("images"), held_out)
+        images, labels = images[part], labels[part]
+    measured = evaluate(model, variant.dataset, images, labels)
     if eps := settings["recipe"].get("eps"):
         as_created = timm.create_model(variant.name, **create).to(device)
-        measured |= evaluate_robustness(as_created, variant.dataset, images[part], labels[part], eps)
+        measured |= evaluate_robustness(as_created, variant.dataset, images, labels, eps)
     row = results_row(model, measured, known)
     write_rows(run / ("held_out.csv" if held_out else "results.csv"), [row])
     return row
@@ -186,12 +190,12 @@ def results_row(model: nn.Module, measured: dict[str, Any], known: dict[str, Any
     Args:
         model: As `timm.create_model` gives it with pretrained=True.
         measured: What `evaluate` returns.
-        known: model, epochs, seed, commit, hardware and hours; empty in the row where they are missing.
+        known: The `TRAINING_COLUMNS`, empty in the row where they are missing; other columns are not taken.
     """
     variant, weights = VARIANTS[model.pretrained_cfg["architecture"]], Path(model.pretrained_cfg["file"])
     values = {
         **dict.fromkeys(RESULT_COLUMNS, ""),
-        **known,
+        **{column: known[column] for column in TRAINING_COLUMNS if column in known},
         **measured,
         "top1_err": round(100 - measured["top1"], 4),
         "top5_err": round(100 - measured["top5"], 4),
@@ -200,7 +204,7 @@ def results_row(model: nn.Module, measured: dict[str, Any], known: dict[str, Any
         "crop_pct": model.pretrained_cfg["crop_pct"],
         "interpolation": model.pretrained_cfg["interpolation"],
         "paper_top1": variant.paper_accuracy,
-        "tol": model.solver.tol,
+        "tol": model.solver.tol if hasattr(model, "solver") else "",
         "bytes": weights.stat().st_size,
         "sha256": sha256(weights),
     }

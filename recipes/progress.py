@@ -58,7 +58,7 @@ class Progress:
             "train_top1": round(100 * sums["correct"] / sums["images"], 3),
             **({"train_certified": round(_certified(sums), 3)} if "certified" in sums else {}),
             "evaluations": _evaluations(sums),
-            "unconverged": int(sums["unconverged"]),
+            "unconverged": int(sums.get("unconverged", 0)),
             "images": int(sums["images"]),
             "seconds": round(sums["seconds"], 1),
         }

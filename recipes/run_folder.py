@@ -23,6 +23,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from torch import Tensor
 
 from pcdeq_zoo.files import sync_folder
 
-_STATE_NAME = re.compile(r"epoch-\d{4,}-step-\d{6,}")
+_STATE_NAME = re.compile(r"epoch-\d{4,}-step-\d{6,}(-\d+)?")
 _TEMPORARY_PREFIX = ".writing-"
 _DIGESTS = "digests.json"
 _RECORDS = ("run.json", "log.jsonl")  # of the run, kept with each state as they were
@@ -172,10 +173,10 @@ def write_state(output: Path, name: str, tensors: dict[str, dict[str, Tensor]], 
             stream.flush()
             os.fsync(stream.fileno())
     sync_folder(temporary)
-    before = [state for state in _states(folder) if state.name != name]
-    if (folder / name).exists():  # the state that this run went on from, written again
-        shutil.rmtree(folder / name)
-    temporary.rename(folder / name)
+    before = _states(folder)
+    taken = {state.name for state in before}  # this name too, where the run went on from that state and comes by again
+    names = chain([name], (f"{name}-{number}" for number in count(2)))
+    temporary.rename(folder / next(free for free in names if free not in taken))
     sync_folder(folder)
     for state in before:
         shutil.rmtree(state)

@@ -64,7 +64,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser of a command line."""
     parser = argparse.ArgumentParser("sweep.py", description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("models", nargs="+", metavar="GLOB", help="names in the zoo")
-    parser.add_argument("--recipe", choices=("paper", "zoo"), help="default: that of each model's checkpoint")
+    parser.add_argument("--recipe", help="paper, zoo, ... (default: that of each model's checkpoint)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="default: 0")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
     parser.add_argument(
@@ -93,6 +93,9 @@ def main() -> None:
     models = [name for name in VARIANTS if any(fnmatch.fnmatch(name, glob) for glob in args.models)]
     if not models:
         parser.error(f"no model matches {' '.join(args.models)}; the zoo has {', '.join(VARIANTS)}")
+    if without := [name for name in models if args.recipe and args.recipe not in VARIANTS[name].recipes]:
+        has = ", ".join(VARIANTS[without[0]].recipes)
+        parser.error(f"{without[0]} has no recipe {args.recipe}; it has {has}")
 
     runs = commands(args.runs, models, args.recipe, args.seeds, threads, extra)
     if args.print:

@@ -41,7 +41,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from config import Config, parse
+from config import Config, parse, train_slices
 from distributed import Launcher, check_launch, hardware, sum_over_processes, synchronize_batch_norm
 from evaluate import measure_run
 from progress import Progress
@@ -81,12 +81,12 @@ def training_images(config: Config, recipe: Recipe, processes: int) -> tuple[Ten
         raise SystemExit(f"no data: {error}") from error
     if recipe.images and recipe.images > len(images):
         raise SystemExit(f"this recipe takes {recipe.images} training images, and there are {len(images)}")
-    images, labels = images[: recipe.images], labels[: recipe.images]
-    if config.hold_out:
-        if config.hold_out >= len(images):
-            raise SystemExit(f"--hold-out {config.hold_out} leaves nothing of {len(images)} training images")
-        images, labels = images[: -config.hold_out], labels[: -config.hold_out]
-    images, labels = images[: config.limit_train], labels[: config.limit_train]
+    part, _ = train_slices(len(images), recipe.images, config.hold_out)
+    if part.stop <= 0:
+        raise SystemExit(
+            f"--hold-out {config.hold_out} leaves nothing of {recipe.images or len(images)} training images"
+        )
+    images, labels = images[part][: config.limit_train], labels[part][: config.limit_train]
     if min(recipe.batch_size, len(images)) < (least := max(2, processes)):
         raise SystemExit(
             f"a batch needs {least} images, one per process and two for BatchNorm; "
@@ -156,6 +156,7 @@ class Training:
         self.accelerator, self.config, self.recipe = accelerator, config, recipe
         self.images, self.labels = images.to(accelerator.device), labels.to(accelerator.device)
         self.progress = Progress()
+        self._logged: dict[str, float] = {}  # what steps.jsonl has of its sums
         self.launcher = Launcher()
         self.least = max(2, accelerator.num_processes)  # images in a batch
 
@@ -264,7 +265,7 @@ class Training:
         loss = F.cross_entropy(logits, target, reduction="sum", label_smoothing=recipe.label_smoothing)
         if margins is not None:
             worst = F.cross_entropy(-margins.float(), target, reduction="sum")
-            loss = loss.lerp(worst, recipe.eps_weight * eps / recipe.eps)
+            loss = loss.lerp(worst, recipe.worst_case_share(eps))
             self.progress.add(certified=(least_margin(margins, target) > 0).sum().double())
         return logits, loss
 
@@ -337,7 +338,9 @@ class Training:
             check_state_dict(state, state)
         except WeightsError as error:
             self._refuse_to_go_on(str(error))
-        progress.sums = sum_over_processes(self.accelerator, progress.sums)
+        mine = progress.sums
+        progress.sums = sum_over_processes(self.accelerator, mine)
+        self._logged = {key: progress.sums[key] - (mine[key] - self._logged.get(key, 0.0)) for key in mine}
         if self.accelerator.is_main_process:
             name = f"epoch-{progress.epoch:04}-step-{progress.step:06}"
             write_state(self.config.output, name, self._tensors(), progress.state_dict())

@@ -19,7 +19,7 @@ def make(kind: str, activation: str, norm: float = 3.0, dtype: torch.dtype = tor
     tol = 1e-14 if dtype == torch.float64 else 1e-6
     settings = Solver(**{"tol": tol, "max_evals": 5000, "stop": "residual", **solver})
     if kind == "linear":
-        layer, x = PcDEQLinear(12, activation, settings, dtype=dtype), torch.randn(4, 12, dtype=dtype)
+        layer, x = PcDEQLinear(12, activation, solver=settings, dtype=dtype), torch.randn(4, 12, dtype=dtype)
     else:
         layer, x = PcDEQConv2d(3, activation, solver=settings, dtype=dtype), torch.randn(4, 3, 5, 4, dtype=dtype)
     with torch.no_grad():

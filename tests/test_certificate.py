@@ -129,7 +129,7 @@ def test_a_point_too_far_above_has_no_witness(kind: str, activation: str):
 
 def test_a_unit_at_0_without_neighbours_is_no_failure():
     """An extrapolation may leave it there: its w is 0, which is no witness, and no NaN either."""
-    layer = PcDEQLinear(2, "sigmoid", Solver(stop="certified"))
+    layer = PcDEQLinear(2, "sigmoid", solver=Solver(stop="certified"))
     layer.set_weight(torch.tensor([[0.5, 0.5], [0.0, 0.0]]))
     step = layer.fixed_point_map(torch.tensor([[1.0, -1.0]]))
     pair = step.pair(torch.zeros(1, 2))
@@ -182,7 +182,7 @@ def test_bounds_hold_on_the_checkpoints(checkpoint: Checkpoint, tol: float, samp
     for layer, u in solved:
         solution = layer.solve(u)
         assert (solution.bound <= tol).all()
-        lower, upper = (bound.view_as(solution.value) for bound in enclosure(layer, u, tol=1e-10))
+        lower, upper = enclosure(layer, u, tol=1e-10)
         assert (upper - lower <= 1e-10 * lower).all()
         assert (solution.lower.double() <= lower).all()
         assert (upper <= solution.upper.double()).all()
@@ -205,7 +205,7 @@ def test_an_exact_evaluation_goes_where_the_rounding_bound_does_not(activation: 
 @pytest.mark.parametrize("activation", ["relu6", "tanh", "softsign"])
 def test_a_chain_of_units_is_certified(activation: str):
     """Each unit lives off the one before, almost linearly: relative to itself, g contracts it by 1e-8 only."""
-    layer = PcDEQLinear(4, activation, Solver(tol=1e-4, stop="certified", on_failure="raise"))
+    layer = PcDEQLinear(4, activation, solver=Solver(tol=1e-4, stop="certified", on_failure="raise"))
     weight = torch.diag(torch.full((3,), 1e-2), -1)
     layer.set_weight(weight)
     x = torch.tensor([[1.0, -4.0, -4.0, -4.0]])
@@ -217,7 +217,7 @@ def test_a_chain_of_units_is_certified(activation: str):
 @pytest.mark.parametrize("weight", [0.3, 0.5765])
 def test_bounds_hold_at_the_corner_of_relu6(weight: float):
     """Equilibria just below 6, where computed iterates are at 6 and g looks flat."""
-    layer = PcDEQLinear(1, "relu6", Solver(tol=1e-2, stop="certified", on_failure="ignore"))
+    layer = PcDEQLinear(1, "relu6", solver=Solver(tol=1e-2, stop="certified", on_failure="ignore"))
     layer.set_weight(torch.full((1, 1), weight))
     x = 6 * (1 - weight) * (1 + torch.linspace(-1e-6, 1e-6, 500, dtype=torch.float64)[:, None])
     u = (torch.log(torch.expm1(5 * x)) / 5).float()
@@ -265,12 +265,16 @@ def bfloat16_switched_on(request, monkeypatch):
 
 
 @every_layer
-def test_what_is_proven_is_proven_in_full_precision(kind: str, activation: str, bfloat16_switched_on):
-    """Whatever the switches say; and they are as they were when the solve is over, however it ends."""
+@pytest.mark.parametrize("autocast", [False, True], ids=["switches", "autocast"])
+def test_what_is_proven_is_proven_in_full_precision(kind: str, activation: str, autocast: bool, bfloat16_switched_on):
+    """Whatever autocast and the switches say; and these are as they were when the solve is over, however it ends."""
     layer, x = adversarial(kind, activation, 10.0, "usual")
-    solution = layer.solve(x)
-    assert solution.converged.all()
-    assert_holds(solution, truth(layer, x))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        solutions = [layer.solve(x), solve(layer.fixed_point_map(x), stop="certified")]
+    for solution in solutions:
+        assert solution.converged.all()
+        assert solution.value.dtype == x.dtype
+        assert_holds(solution, truth(layer, x))
     assert position(MATMUL) == BFLOAT16
     layer.solver.max_evals, layer.solver.on_failure = 2, "raise"
     with pytest.raises(ConvergenceError):
@@ -282,6 +286,26 @@ def test_what_is_proven_is_proven_in_full_precision(kind: str, activation: str, 
         inside = step.operator(z)
     if kind == "linear" or position(CONV) == BFLOAT16:
         assert not torch.equal(outside, inside)  # the emulation is one
+
+
+@pytest.mark.skipif(MATMUL.exact != "ieee", reason="switches have parents since PyTorch 2.9")
+@pytest.mark.parametrize("explicit", [False, True])
+def test_a_switch_that_follows_its_parent_goes_on_to(explicit: bool):
+    """Precision that is turned on globally, and off again after a solve, is off; what was set by itself stays."""
+    before = torch.backends.fp32_precision
+    try:
+        if explicit:
+            setattr(MATMUL.owner, MATMUL.name, "bf16")
+        else:
+            torch.backends.fp32_precision = "bf16"
+        assert position(MATMUL) == "bf16"
+        PcDEQLinear(4)(torch.randn(2, 4))
+        assert position(MATMUL) == "bf16"
+        torch.backends.fp32_precision = "ieee"
+        assert position(MATMUL) == ("bf16" if explicit else "ieee")
+    finally:
+        torch.backends.fp32_precision = before
+        setattr(MATMUL.owner, MATMUL.name, "none")
 
 
 def test_full_precision_of_two_threads_that_overlap():
@@ -334,7 +358,7 @@ def test_a_tolerance_below_the_rounding_error_is_told():
 
 
 def test_nothing_is_proven_by_other_stops():
-    layer = PcDEQLinear(4, "tanh", Solver(stop="estimated"))
+    layer = PcDEQLinear(4, "tanh", solver=Solver(stop="estimated"))
     solution = layer.solve(torch.randn(3, 4))
     assert solution.converged.all()
     assert solution.bound.isinf().all()

@@ -3,6 +3,7 @@
 import copy
 import csv
 import json
+import os
 import subprocess
 import sys
 import time
@@ -261,6 +262,35 @@ def test_the_recipes_train_an_ode(tmp_path, monkeypatch):
     assert line["evaluations"]["flow backward"] > 6
     (row,) = csv.DictReader((run / "held_out.csv").read_text().splitlines())
     assert (row["n"], row["model"]) == ("16", "anode_mnist.published")
+
+
+def test_the_recipes_train_a_network_that_solves_nothing(tmp_path, monkeypatch):
+    """Of a module of one's own, with one step of an explicit net; there is nothing to say of evaluations."""
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import replace\n"
+        "from timm.models import build_model_with_cfg, register_model\n"
+        "from torch import nn\n"
+        "from pcdeq_zoo import VARIANTS as OURS\n"
+        "class Explicit(nn.Sequential):\n"
+        "    def __init__(self, **unused):\n"
+        "        super().__init__(nn.Flatten(), nn.Linear(784, 10))\n"
+        "@register_model\n"
+        "def explicit_mnist(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, **arguments):\n"
+        "    cfg = dict(architecture='explicit_mnist', crop_pct=1.0, interpolation='bilinear')\n"
+        "    cfg |= pretrained_cfg_overlay or {}\n"
+        "    return build_model_with_cfg(Explicit, 'explicit_mnist', pretrained, pretrained_cfg=cfg)\n"
+        "VARIANTS = {'explicit_mnist': replace(OURS['pcdeq1_l_tanh_mnist'], name='explicit_mnist')}\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(tmp_path)]))
+    run = tmp_path / "run"
+    arguments = f"recipes/train.py --module mine --model explicit_mnist --data sample --output {run} --epochs 1 --cpu"
+    done = subprocess.run([sys.executable, *arguments.split()], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (line,) = log_of(run)
+    assert (line["evaluations"], line["unconverged"]) == ({}, 0)
+    (row,) = csv.DictReader((run / "results.csv").read_text().splitlines())
+    assert (row["evals_mean"], row["evals_max"], row["bound_max"], row["tol"]) == ("", "", "", "")
+    assert float(row["top1"]) > 50
 
 
 def test_a_module_that_is_none(refuse):

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from pcdeq_zoo import DATASETS, DataError
-from pcdeq_zoo.data import DATA_ROOT_VARIABLE, load, normalize
+from pcdeq_zoo.data import DATA_ROOT_VARIABLE, as_digit, load, normalize
 
 MNIST, SVHN, CIFAR = DATASETS["mnist"], DATASETS["svhn"], DATASETS["cifar"]
 
@@ -151,6 +151,17 @@ class TestWrong:
         last = done.stderr.strip().splitlines()[-1]
         assert "DataError: could not get CIFAR-10 (uoft-cs/cifar10) from the Hugging Face Hub" in last
         assert f"set {DATA_ROOT_VARIABLE} to the parent of cifar10/" in last
+
+
+@pytest.mark.parametrize(("ground", "ink"), [(0.0, 1.0), (0.6, 1.0), (0.55, 0.9), (1.0, 0.0), (0.45, 0.0), (0.5, 0.1)])
+def test_a_digit_on_any_plain_ground(ground: float, ink: float):
+    """White on black or on grey, dark on light or on less dark: the same digit."""
+    strokes = np.zeros((90, 60))
+    strokes[10:20, 10:50] = strokes[10:80, 40:50] = 1
+    picture = Image.fromarray((255 * (ground + (ink - ground) * strokes)).astype(np.uint8))
+    pixels, told = as_digit(picture)
+    assert torch.equal(pixels, as_digit(Image.fromarray((255 * strokes).astype(np.uint8)))[0])
+    assert told.endswith("dark on light, inverted" if ink < ground else "light on dark")
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 32, 32), (2, 32, 32), (2, 32, 32, 3)])

@@ -2,18 +2,20 @@
 
 import dataclasses
 import functools
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import timm
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from config import Config
-from distributed import sum_over_processes, synchronize_batch_norm
+from distributed import Launcher, sum_over_processes, synchronize_batch_norm
 from recipe_runs import NAME, ROOT, SHORT, free_port
 from torch.nn import functional as F
 from train import Training
@@ -112,6 +114,44 @@ def test_a_step_is_the_mean_over_all_its_images(tmp_path, processes: int):
         torch.testing.assert_close(found["gradients"][name], parameter.grad, rtol=1e-3, atol=1e-6)
     assert found["sums"]["loss"] == pytest.approx(sum(losses).item(), rel=1e-5)
     assert found["sums"]["images"] == 13
+
+
+def test_steps_are_logged_as_the_first_process_has_seen_them(tmp_path, monkeypatch):
+    """Also after a state was saved, which takes the sums of all processes together."""
+    accelerator = Accelerator(cpu=True)
+    for name in ("saves", "does not"):
+        (tmp_path / name).mkdir()
+        training = Training(accelerator, Config(NAME, "paper", tmp_path / name), *thirteen())
+        training.step(torch.arange(5), eps=0.0)
+        training._log_steps()
+        training.step(torch.arange(5, 8), eps=0.0)
+        if name == "saves":
+            monkeypatch.setattr("train.sum_over_processes", lambda _, sums: {key: 3 * sums[key] for key in sums})
+            training.save()
+        training.step(torch.arange(8, 13), eps=0.0)
+        training._log_steps()
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / "steps.jsonl").read_text().splitlines()]
+        for name in ("saves", "does not")
+    )
+    assert len(one) == 2
+    assert one == two
+
+
+@pytest.mark.parametrize(
+    ("command", "launches"),
+    [
+        (["python", "/usr/bin/accelerate", "launch", "train.py"], True),
+        (["python", "/usr/bin/accelerate-launch", "train.py"], True),
+        (["python", "-m", "accelerate.commands.launch", "train.py"], True),
+        (["bash", "/home/somebody/accelerate-study/run.sh"], False),
+    ],
+)
+def test_who_is_a_launcher(monkeypatch, command: list[str], launches: bool):
+    monkeypatch.setattr(psutil.Process, "cmdline", lambda _: command)
+    gone = Launcher()
+    monkeypatch.setattr(psutil.Process, "is_running", lambda _: False)
+    assert gone.is_gone() == launches
 
 
 def test_one_process_instead_of_two_is_refused(tmp_path):

@@ -95,7 +95,7 @@ def test_a_digit_is_read_whatever_its_polarity_mode_and_size(tmp_path, sample):
         "light on dark",
     ]
     Image.new("L", (40, 40), 128).save(tmp_path / "empty.png")
-    done = subprocess.run([*script, tmp_path / "empty.png"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, script[-1], tmp_path / "empty.png"], capture_output=True, text=True)
     assert done.stderr == "there is nothing in the picture; wanted one digit on a plain ground\n"
 
 

@@ -27,6 +27,16 @@ def test_evaluate_writes_a_row_of_what_it_measured(run: Path, tmp_path, monkeypa
         assert row[column] == known.get(column, "")
 
 
+def test_nothing_measured_otherwise_is_in_the_row_of_a_robust_net(tmp_path, here):
+    """Its own row has columns that this does not measure without --eps."""
+    name = next(key for key, checkpoint in checkpoints().items() if checkpoint.row["pgd"])
+    here(evaluate.main, f"--model {name} --data sample --output {tmp_path / 'row.csv'}")
+    row = row_of(tmp_path, "row.csv").row
+    assert row["hours"] == checkpoints()[name].row["hours"]
+    robust = ("eps", "pgd", "certified_interval", "certified_linear", "unclipped_interval", "unclipped_linear")
+    assert [row[column] for column in robust] == [""] * 6
+
+
 def test_calibration_error():
     confidence = torch.tensor([0.62, 0.64, 0.91, 0.93, 1.0])
     correct = torch.tensor([True, False, True, True, False])

@@ -392,6 +392,7 @@ print(json.dumps([str(blob), found]))
         for message in cut:
             assert f"{blob}: got 1000 bytes with " in message
 
+    @pytest.mark.skipif(OLD_HUB, reason="huggingface-hub 0.30 links whatever it is told")
     def test_cache_without_links(self, hub: Hub):
         script = f"""
 print(json.dumps([error("hf-hub:{NAMESPACE}/{CHECKPOINT}"), error("{NAME}", pretrained_cfg_overlay=dict(file=None))]))

@@ -10,6 +10,7 @@ import pytest
 import torch
 import train
 from recipe_runs import SHORT
+from run_folder import newest_state, read_state, write_state
 
 from pcdeq_zoo.weights import sha256
 
@@ -115,6 +116,26 @@ def test_a_state_that_is_not_what_was_written_is_refused(interrupted: Path, tmp_
     assert line.startswith(f"cannot resume from {state}, ")
     assert reason in line
     assert not (run / "model.safetensors").exists()
+
+
+def test_a_state_of_the_same_step_is_there_until_the_new_one_is(interrupted: Path, tmp_path, monkeypatch):
+    """A run goes on from an older state and comes by its newest one again, when the power fails."""
+    run = Path(shutil.copytree(interrupted, tmp_path / "run"))
+    state = only_state(run)
+    before = read_state(state)
+    write_state(run, state.name, before.tensors, before.progress)
+    (again,) = (run / "state").iterdir()
+    assert again == newest_state(run)
+    assert again != state
+    assert read_state(again).progress == before.progress
+
+    def no_power(*_: object) -> None:
+        raise OSError("no power")
+
+    monkeypatch.setattr(Path, "rename", no_power)
+    with pytest.raises(OSError, match="no power"):
+        write_state(run, again.name, before.tensors, before.progress)
+    assert newest_state(run) == again
 
 
 def test_what_is_beside_the_states_stays(interrupted: Path, tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """The loop: when a sample stops, what is told of it, and that no sample changes another."""
 
+import contextlib
+import sys
 import threading
 import warnings
 
@@ -14,6 +16,7 @@ from pcdeq_zoo import (
     PcDEQConv2d,
     PcDEQLinear,
     Solver,
+    SolveRecord,
     Status,
     record_solves,
     solve,
@@ -214,7 +217,7 @@ class TestFailure:
 
     def model(self, on_failure: str) -> nn.Sequential:
         solver = Solver(max_evals=2, on_failure=on_failure)
-        net = nn.Sequential(PcDEQLinear(4, "tanh", solver), PcDEQLinear(4, "tanh", solver))
+        net = nn.Sequential(PcDEQLinear(4, "tanh", solver=solver), PcDEQLinear(4, "tanh", solver=solver))
         with torch.no_grad():
             for layer in net:
                 layer.magnitude.fill_(1)
@@ -313,7 +316,6 @@ def test_a_thread_records_its_own_solves():
             both_record.wait()
             for _ in range(index):
                 layer(torch.randn(index, 4)).sum().backward()
-            both_record.wait()
         counts[index] = [len(solve.evaluations) for solve in solves]
 
     threads = [threading.Thread(target=work, args=(index,)) for index in (2, 3)]
@@ -324,10 +326,46 @@ def test_a_thread_records_its_own_solves():
     assert counts == {2: [2] * 4, 3: [3] * 6}
 
 
+def test_a_record_that_ends_elsewhere_costs_no_other_its_solve(monkeypatch):
+    """While a solve is told to one record, another one ends that began before both."""
+    layer, first = PcDEQLinear(2, "tanh"), contextlib.ExitStack()
+    first.enter_context(record_solves(nn.Identity()))
+
+    def record(*parts: object) -> SolveRecord:
+        first.close()
+        return SolveRecord(*parts)
+
+    monkeypatch.setattr("pcdeq_zoo.solution.SolveRecord", record)
+    with torch.no_grad(), record_solves(layer) as one, record_solves(layer) as two:
+        layer(torch.rand(1, 2))
+    assert (len(one), len(two)) == (1, 1)
+
+
+def test_layers_that_are_made_elsewhere_do_not_disturb_an_optimizer():
+    """Another thread makes some while the step goes through all there are."""
+    layers, over = [PcDEQLinear(1) for _ in range(500)], threading.Event()
+
+    def make() -> None:
+        while not over.is_set():
+            layers.append(PcDEQLinear(1))
+
+    thread, interval = threading.Thread(target=make), sys.getswitchinterval()
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
+    sys.setswitchinterval(1e-6)
+    thread.start()
+    try:
+        for _ in range(100):
+            optimizer.step()
+    finally:
+        over.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+
+
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 def test_an_infinite_gradient_is_passed_on_and_is_no_failure(bad: float):
     """As a GradScaler finds its scale; and a real failure after it is still told."""
-    layer = PcDEQLinear(4, "tanh", Solver(on_failure="raise"))
+    layer = PcDEQLinear(4, "tanh", solver=Solver(on_failure="raise"))
     x = torch.randn(3, 4, requires_grad=True)
     weights = torch.ones(3, 4)
     weights[1, 2] = bad

@@ -154,7 +154,7 @@ def test_second_derivatives_say_that_there_are_none():
 
 
 def test_solves_of_tangents_are_recorded():
-    layer = PcDEQLinear(3, "tanh", Solver(tol=1e-4))
+    layer = PcDEQLinear(3, "tanh", solver=Solver(tol=1e-4))
     with record_solves(layer) as solves:
         jvp(layer, (torch.randn(2, 3),), (torch.randn(2, 3),))
     assert [solve.direction for solve in solves] == ["forward", "tangent"]

@@ -9,7 +9,7 @@ import torch
 from oracles import every_layer, make, truth
 from torch import nn
 
-from pcdeq_zoo import VARIANTS, certify, interval_bounds, pgd, unrolled
+from pcdeq_zoo import VARIANTS, PcDEQLinear, certify, interval_bounds, pgd, unrolled
 from pcdeq_zoo.data import normalize
 
 NETS = {
@@ -40,6 +40,14 @@ def test_iterates_rise_to_the_equilibrium(kind: str, activation: str):
             assert (exact - z <= 2.0**-evaluations * exact + 1e-12).all()
         before = z
     torch.testing.assert_close(before, exact)
+
+
+@pytest.mark.parametrize("shape", [(3, 12), (3, 12, 1), (3, 4, 3), (3, 3, 2, 2), (3, 12, 1, 1)])
+def test_a_linear_layer_of_any_sample_shape(shape: tuple[int, ...]):
+    layer, u = PcDEQLinear(12, "tanh"), torch.randn(shape)
+    layer.set_weight(torch.rand(12, 12) / 6)
+    layer.solver.tol = 1e-6
+    torch.testing.assert_close(unrolled(nn.Sequential(layer), 100)(u), layer(u), rtol=1e-4, atol=1e-5)
 
 
 @every_net

@@ -333,8 +333,8 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for file in (ROOT / document for document in DOCUMENTS):
         text = file.read_text(encoding="utf-8")
-        if updated(text) != text:
-            file.write_text(updated(text), encoding="utf-8")
+        if (new := updated(text)) != text:
+            replace_file(file, new)
             print(f"updated {file.name}")
     for file, text in helps().items():
         replace_file(file, text)

@@ -1,9 +1,6 @@
-"""Classify pictures of digits, whatever their size, mode and polarity.
+"""Classify pictures of digits, whatever their size, mode and polarity: python examples/predict.py [PICTURE ...]"""
 
-python examples/predict.py [PICTURE ...]
-"""
-
-import sys
+import argparse
 
 import timm
 import torch
@@ -14,14 +11,17 @@ from pcdeq_zoo.data import as_digit, load, normalize
 
 MNIST = DATASETS["mnist"]
 
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("pictures", nargs="*", metavar="PICTURE", help="default: a digit that ships")
+pictures = parser.parse_args().pictures
 model = timm.create_model("pcdeq1_mc_softsign_mnist", pretrained=True).eval()
 names = model.pretrained_cfg["label_names"]
-sample = Image.fromarray(load(MNIST, "test", "sample")[0][0, 0].numpy())
-for picture in [Image.open(path) for path in sys.argv[1:]] or [sample]:
+for path in pictures or [None]:
     try:
+        picture = Image.open(path) if path else Image.fromarray(load(MNIST, "test", "sample")[0][0, 0].numpy())
         pixels, told = as_digit(picture)
-    except DataError as error:
-        raise SystemExit(str(error)) from error
+    except (OSError, DataError) as error:
+        raise SystemExit(f"{path}: {error}") from error
     print(f"{told}; what the net saw:")
     for row in pixels[0, 4:24:2].tolist():
         print("".join(" ░▒▓█"[value // 52] for value in row))

@@ -364,7 +364,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
         if theirs != ours:
             raise WeightsError(
                 f"the classifier of these weights takes {theirs} features, and this net has {ours}: keep img_size and "
-                "global_pool, or create it with num_classes=0 and reset_classifier(...)"
+                'global_pool, or try global_pool="avg", or create it with num_classes=0 and reset_classifier(...)'
             )
         check_state_dict(state_dict, wanted)
     return state_dict

@@ -291,10 +291,11 @@ class Solver:
         max_evals: Most evaluations per solve, at least 2. 200 is the paper's. A sample that reduced products do not
             bring to `tol` is solved again without, and has as many once more.
         stop: "certified": every unit of the equilibrium is proven to be within `tol`, relative (docs/certificate.md).
-            "estimated": the error of a sample is estimated to be below `tol`, relative, from the rate at which it
-            falls; cheaper. "residual": the last evaluation changed a sample by less than `tol`, relative, which says
-            little about the error; the paper's criterion, but per sample. The gradient's solve, for which there is no
-            certificate, takes "estimated" for "certified".
+            "estimated": the error of a sample is estimated to be below `tol`, in the Euclidean norm and relative to
+            it, from the rate at which it falls; cheaper, and single units may be off by more. "residual": the last
+            evaluation changed a sample by less than `tol`, relative, which says little about the error; the paper's
+            criterion, but per sample. The gradient's solve, for which there is no certificate, takes "estimated" for
+            "certified".
         on_failure: What a solve does when a sample fails: "raise" `ConvergenceError`, "warn" (`ConvergenceWarning`,
             once per layer, direction and kind of failure), or "ignore". The layer outputs what it has in any case, NaN
             and infinity included.

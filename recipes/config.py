@@ -101,7 +101,9 @@ def parse(description: str | None, arguments: Sequence[str] | None = None) -> tu
     if module := given.get("module"):
         import_module(module)
     if (model := given["model"]) not in VARIANTS:
-        parser.error(f"unknown model {model}; the zoo has {', '.join(VARIANTS)}")
+        name, _, tag = model.partition(".")
+        hint = f"say --model {name} --recipe {tag}" if name in VARIANTS else f"the zoo has {', '.join(VARIANTS)}"
+        parser.error(f"unknown model {model}; {hint}")
     tag = given.setdefault("recipe", VARIANTS[model].default_recipe)
     if tag not in VARIANTS[model].recipes:
         parser.error(f"{model} has no recipe {tag}; it has {', '.join(VARIANTS[model].recipes)}")

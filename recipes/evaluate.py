@@ -151,7 +151,7 @@ def measure_run(run: Path, data: str | None, device: torch.device) -> dict[str, 
         raise SystemExit(f"{run} is not a run of train.py: it has no run.json")
     settings = read_record(run / "run.json")
     try:
-        variant, held_out = VARIANTS[settings["model"]], settings["hold_out"]
+        variant, held_out = VARIANTS[settings["model"]], int(settings["hold_out"] or 0)
         log = [json.loads(line) for line in (run / "log.jsonl").read_text("utf-8").splitlines()]
         known = {
             "model": f"{variant.name}.{settings['tag']}",
@@ -171,7 +171,7 @@ def measure_run(run: Path, data: str | None, device: torch.device) -> dict[str, 
     create: dict[str, Any] = {"pretrained": True, "pretrained_cfg_overlay": overlay}
     create["channels"] = settings.get("channels")
     model = timm.create_model(variant.name, stop=stop, **create).to(device)
-    images, labels = load(variant.dataset, "train" if held_out else "test", data)
+    images, labels = load(variant.dataset, "train" if held_out else "test", data or settings.get("data"))
     if held_out:
         _, part = train_slices(len(images), settings["recipe"].get("images"), held_out)
         images, labels = images[part], labels[part]

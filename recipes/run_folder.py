@@ -103,12 +103,19 @@ def check_folder(output: Path, settings: dict[str, Any], resume: str | None) -> 
 
 
 def compare_settings(settings: dict[str, Any], record: Path) -> None:
-    """Refuse to go on with other settings than a run.json has; commit and hardware may change on the way."""
-    before = read_record(record)
-    free = ("commit", "hardware")
-    if other := [key for key in settings if key not in free and settings[key] != before.get(key)]:
-        found = ", ".join(f"{key} {before.get(key)!r} there, {settings[key]!r} here" for key in other)
-        raise SystemExit(f"{record.parent} holds a run with other settings: {found}")
+    """Refuse to go on with other settings than a run.json has; commit, hardware and where data lie may change."""
+    before, now = _flat(read_record(record)), _flat(settings)
+    free = ("commit", "hardware", "data")
+    if other := [key for key in now if key not in free and now[key] != before.get(key)]:
+        found = ", ".join(f"{key} {before.get(key)!r} there, {now[key]!r} here" for key in other)
+        raise SystemExit(f"{record.parent} holds a run with other settings: {found}; give another --output")
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """The same with a key for each setting of the recipe, so that only those that differ need to be told."""
+    recipe = settings.get("recipe")
+    parts = {f"recipe.{key}": value for key, value in recipe.items()} if isinstance(recipe, dict) else {}
+    return {key: value for key, value in settings.items() if key != "recipe"} | parts
 
 
 def read_record(record: Path) -> dict[str, Any]:

@@ -427,6 +427,7 @@ def settings_of(config: Config, recipe: Recipe, accelerator: Accelerator, images
         "seed": config.seed,
         "images": images,
         "hold_out": config.hold_out,
+        "data": config.data,
         "commit": commit(),
         "hardware": hardware(accelerator),
     }

@@ -223,7 +223,7 @@ class TestDamagedRuns:
             (RESUME, "model.safetensors", b"garbage", "is not the file that results.csv was measured on; remove"),
             (MEASURE, "run.json", b"{}", "is not what train.py wrote: KeyError: 'model'"),
             (MEASURE, "run.json", b'{"model": "resnet18"}', "is not what train.py wrote: KeyError: 'resnet18'"),
-            (MEASURE, "run.json", b'{"model": "pcdeq1_l_tanh_mnist", "hold_out": "x"}', "wrote: TypeError: "),
+            (MEASURE, "run.json", b'{"model": "pcdeq1_l_tanh_mnist", "hold_out": "x"}', "wrote: ValueError: "),
             (MEASURE, "log.jsonl", b"{", "is not what train.py wrote: JSONDecodeError"),
             (MEASURE, "log.jsonl", b"3\n", "is not what train.py wrote: TypeError"),
             (MEASURE, "model.safetensors", b"garbage", "is not a readable checkpoint: got 7 bytes"),

@@ -27,11 +27,12 @@ def test_the_reference_is_that_of_the_code():
     assert api.FILE.read_text(encoding="utf-8") == api.reference(), "run python -m tools.api"
 
 
-def test_readme_examples_run():
+def test_readme_examples_run(monkeypatch):
+    monkeypatch.chdir(ROOT)
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     outside = ("digit.png", "theirs.pth", "path/to/", "NAMESPACE/", "you/")  # need what is the reader's
     runnable = [block for block in blocks if not any(name in block for name in outside)]
-    assert len(runnable) == 4
+    assert len(runnable) == 5
     for block in runnable:
         exec(block, {})
 
@@ -96,7 +97,10 @@ def test_a_digit_is_read_whatever_its_polarity_mode_and_size(tmp_path, sample):
     ]
     Image.new("L", (40, 40), 128).save(tmp_path / "empty.png")
     done = subprocess.run([sys.executable, script[-1], tmp_path / "empty.png"], capture_output=True, text=True)
-    assert done.stderr == "there is nothing in the picture; wanted one digit on a plain ground\n"
+    said = "there is nothing in the picture; wanted one digit on a plain ground"
+    assert done.stderr == f"{tmp_path / 'empty.png'}: {said}\n"
+    done = subprocess.run([sys.executable, script[-1], ROOT / "README.md"], capture_output=True, text=True)
+    assert done.stderr == f"{ROOT / 'README.md'}: cannot identify image file '{ROOT / 'README.md'}'\n"
 
 
 def test_links_lead_somewhere():

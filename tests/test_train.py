@@ -185,7 +185,10 @@ def test_a_finished_run_is_never_overwritten(run: Path, here, refuse):
     message = refuse(
         train.main, f"--model {NAME} --recipe paper --data sample --epochs 1 --limit-train 640 --output {run} --resume"
     )
-    assert message.startswith(f"{run} holds a run with other settings: recipe {{'epochs': 2, ")
+    assert message == (
+        f"{run} holds a run with other settings: recipe.epochs 2 there, 1 here, recipe.lr_decay_epoch 2 there, 1 here; "
+        "give another --output"
+    )
     assert here(train.main, f"{SHORT.partition(' ')[2]} --output {run} --resume").strip() == f"{run} is finished"
     assert sha256(run / "model.safetensors") == before
 

@@ -146,7 +146,7 @@ def make_page() -> gr.Blocks:
                     elem_id="drawing",
                 )
                 button = gr.Button("Classify the drawing", variant="primary", elem_id="classify")
-                gallery = gr.Gallery(samples(FIRST), label="Or take a sample", columns=5, height=220, elem_id="samples")
+                gallery = gr.Gallery(samples(FIRST), label="Or take a sample", columns=5, height=270, elem_id="samples")
             with gr.Column(min_width=300):
                 label = gr.Label(num_top_classes=5, label="Prediction", elem_id="prediction")
                 told = gr.Markdown(elem_id="told")

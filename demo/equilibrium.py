@@ -77,7 +77,8 @@ def draw_approach(way: Approach, title: str) -> Any:
     for i, count in enumerate((1, 2, 4, 8, EVALUATIONS)):
         axis = figure.add_subplot(grid[0, 2 * i : 2 * i + 2])
         axis.imshow(maps[count].numpy(), vmin=0, vmax=maps.max().item())
-        axis.set(title=f"{count} evaluation{'s' * (count > 1)}", xticks=[], yticks=[])
+        axis.set(xticks=[], yticks=[])
+        axis.set_title(f"{count} evaluation{'s' * (count > 1)}", fontsize="medium")
     left, right = figure.add_subplot(grid[1, :5]), figure.add_subplot(grid[1, 5:])
     left.plot(way.below[:, channel, row, column].numpy(), label="from 0")
     left.plot(way.above[:, channel, row, column].numpy(), label="from sup σ")

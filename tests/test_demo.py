@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from PIL import Image
 from recipe_runs import ROOT, free_port
 
 from demo.equilibrium import EVALUATIONS, approach, draw_approach, pcdeq_layers
@@ -40,6 +41,22 @@ def test_the_equilibrium_is_between_what_rises_and_what_falls(name: str, sample,
         assert way.changes[-1] < way.gaps[-1]  # which is why a criterion of changes proves nothing
         draw_approach(way, title).savefig(tmp_path / "figure.png")
         assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("name", ["svhn", "cifar"])
+def test_what_is_transparent_is_white(name: str, monkeypatch):
+    """A canvas is transparent where nothing was drawn, and a stroke is black."""
+    pytest.importorskip("gradio", reason="needs gradio: pip install '.[demo]'")
+    monkeypatch.syspath_prepend(ROOT / "demo")  # a Space has it so
+    from app import pixels_of
+
+    drawn = Image.new("RGBA", (320, 320), (0, 0, 0, 0))
+    drawn.paste((0, 0, 0, 255), (140, 40, 180, 280))
+    pixels, told = pixels_of(drawn, DATASETS[name])
+    assert pixels.shape == (3, 32, 32)
+    assert (pixels[:, 0, 0] == 255).all()
+    assert (pixels[:, 16, 16] == 0).all()
+    assert told == "320x320 RGBA"
 
 
 @pytest.fixture(scope="module")

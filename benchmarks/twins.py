@@ -99,9 +99,8 @@ def twin(layer: str) -> nn.Module:
     model = timm.create_model(NAME, stop="estimated", tol=1e-3)
     for name, module in model.features.named_children():
         if isinstance(module, PcDEQConv2d) and (kind := LAYERS[layer]):
-            channels = module.direction.shape[0]
-            arguments = () if kind is Monotone else (module.activation, 3, model.solver)
-            setattr(model.features, name, kind(channels, *arguments))
+            settings = {} if kind is Monotone else {"activation": module.activation, "solver": model.solver}
+            setattr(model.features, name, kind(module.direction.shape[0], **settings))
     return model
 
 

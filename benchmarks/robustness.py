@@ -1,14 +1,16 @@
 """Accuracy against the change of the pixels: of images as they are, attacked, and proven.
 
-    python -m benchmarks.robustness [--images 1000]
+    python -m benchmarks.robustness [--images 1000] ['pcdeq1_mc_*' ...]
 
 For each checkpoint that was trained against changes of the pixels, and the ordinary one of the same net, on the first
 test images; writes benchmarks/robustness.json, of which `python -m tools.report` makes docs/figures/robustness.svg.
+Those that no GLOB matches stay there as they are.
 """
 
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
 from pathlib import Path
 from typing import Any
@@ -57,18 +59,24 @@ def _percent(hits: torch.Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", nargs="*", default=["*"], metavar="GLOB", help="default: all")
     parser.add_argument("--images", type=int, default=1000)
-    count = parser.parse_args().images
-    if count < 1:
-        parser.error(f"--images must be at least 1, got {count}")
+    args = parser.parse_args()
+    if args.images < 1:
+        parser.error(f"--images must be at least 1, got {args.images}")
     shipped = checkpoints()
-    panels = []
-    for checkpoint in tqdm(shipped.values(), disable=None):
-        if eps := checkpoint.recipe.eps:
-            ordinary = shipped[f"{checkpoint.variant.name}.{checkpoint.variant.default_recipe}"]
-            curves = {it.name: curve(it, eps, count) for it in (checkpoint, ordinary)}
-            panels.append({"eps": eps, "images": count, "curves": curves})
-    replace_file(RESULTS, json.dumps(panels, indent=1) + "\n")
+    robust = {name: checkpoint for name, checkpoint in shipped.items() if checkpoint.recipe.eps}
+    chosen = [name for name in robust if any(fnmatch.fnmatch(name, glob) for glob in args.checkpoints)]
+    if not chosen:
+        parser.error(f"no checkpoint matches {' '.join(args.checkpoints)}; there are {', '.join(robust)}")
+    known = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else []
+    panels = {next(iter(panel["curves"])): panel for panel in known}
+    for name in tqdm(chosen, disable=None):
+        ordinary = shipped[f"{robust[name].variant.name}.{robust[name].variant.default_recipe}"]
+        eps = robust[name].recipe.eps
+        curves = {it.name: curve(it, eps, args.images) for it in (robust[name], ordinary)}
+        panels[name] = {"eps": eps, "images": args.images, "curves": curves}
+    replace_file(RESULTS, json.dumps([panels[name] for name in robust if name in panels], indent=1) + "\n")
 
 
 if __name__ == "__main__":

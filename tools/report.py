@@ -252,10 +252,10 @@ def draw_robustness(panels: list[dict[str, Any]], file: Path) -> None:
                 label = f".{name.partition('.')[2]}, {label}"
                 axis.plot(curve["eps"], curve[key], style, color=color, label=label, linewidth=1.2)
         axis.axvline(panel["eps"], color="0.8", linewidth=0.8)
-        axis.set(
-            title=next(iter(panel["curves"])).partition(".")[0], xlabel="Change of each pixel, of [0, 1]", ylim=(0, 100)
-        )
-    axes[0][0].set(ylabel=f"Of the first {panels[0]['images']:,} test images, %")
+        title = f"{next(iter(panel['curves'])).partition('.')[0]}, first {panel['images']:,} test images"
+        axis.set(xlabel="Change of each pixel, of [0, 1]", ylim=(0, 100))
+        axis.set_title(title, fontsize="medium")
+    axes[0][0].set(ylabel="Share of the images, %")
     axes[0][0].legend(frameon=False, fontsize=7)
     save(figure, file)
 

@@ -430,7 +430,7 @@ class TestWeight:
 def test_files_of_the_old_names_load():
     layer, x = make("linear", "tanh")
     old = {"weight_g": layer.magnitude.detach(), "weight_v": layer.direction.detach()}
-    net = nn.Sequential(PcDEQLinear(12, "tanh", layer.solver, dtype=torch.float64))
+    net = nn.Sequential(PcDEQLinear(12, "tanh", solver=layer.solver, dtype=torch.float64))
     net.load_state_dict({f"0.{name}": value for name, value in old.items()})
     assert torch.equal(net(x), layer(x))
     assert list(net.state_dict()) == ["0.magnitude", "0.direction"]

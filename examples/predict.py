@@ -21,7 +21,7 @@ for path in pictures or [None]:
         picture = Image.open(path) if path else Image.fromarray(load(MNIST, "test", "sample")[0][0, 0].numpy())
         pixels, told = as_digit(picture)
     except (OSError, DataError) as error:
-        raise SystemExit(f"{path}: {error}") from error
+        raise SystemExit(f"{path or 'the sample'}: {error}") from error
     print(f"{told}; what the net saw:")
     for row in pixels[0, 4:24:2].tolist():
         print("".join(" ░▒▓█"[value // 52] for value in row))

@@ -178,6 +178,19 @@ def test_killed_before_the_first_state(run: Path, tmp_path, here):
     assert log_of(broken) == log_of(run)
 
 
+def test_what_is_held_out_of_the_first_images_is_measured(tmp_path, here):
+    """Of a recipe that takes some images only: the last of those, and not the last of all that are there."""
+    flags = f"--model {NAME} --recipe paper --data sample --epochs 1 --images 600 --hold-out 100"
+    here(train.main, f"{flags} --output {tmp_path / 'run'}")
+    row = row_of(tmp_path / "run", "held_out.csv").row
+    overlay = {"file": str(tmp_path / "run" / "model.safetensors")}
+    model = timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=overlay, stop="certified")
+    images, labels = load(VARIANTS[NAME].dataset, "train", "sample")
+    found = evaluate.evaluate(model, VARIANTS[NAME].dataset, images[500:600], labels[500:600])
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["images"] == 500
+    assert (row["n"], row["nll"]) == ("100", str(found["nll"]))
+
+
 def test_a_finished_run_is_never_overwritten(run: Path, here, refuse):
     before = sha256(run / "model.safetensors")
     message = refuse(train.main, f"--model {NAME} --data sample --epochs 1 --output {run}")

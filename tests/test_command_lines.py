@@ -166,6 +166,7 @@ def test_evaluate(tmp_path, refuse, arguments: str, message: str):
 
 SWEEP = [
     ("resnet*", "no model matches resnet*; the zoo has "),
+    ("pcdeq1_*_tanh_mnist --recipe robust_0.3", "pcdeq1_l_tanh_mnist has no recipe robust_0.3; it has "),
     ("*_l_* --jobs 0", "--jobs must be above 0, got 0"),
     ("*_l_* --threads 0", "--threads must be above 0, got 0"),
     ("*_l_* --seeds -1", "--seeds must be at least 0 and below 4294967296, got -1"),

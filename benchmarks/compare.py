@@ -1,6 +1,6 @@
 """pcDEQ beside the systems that the paper compares with: trained for equal time on the same cores, by the same loop.
 
-    python -m benchmarks.compare --jobs 2                all of it: four to five hours on two cores
+    python -m benchmarks.compare --jobs 2                all of it: six to seven hours on two cores
     python -m benchmarks.compare '*_mnist' --jobs 2      the systems of MNIST
     python -m benchmarks.compare mondeq_l_mnist --share 0.1 --runs runs/try    a tenth of the time, to try it
 
@@ -9,11 +9,11 @@ killed goes on. Then every system is timed, with nothing else running, and the t
 whose systems had their full time they are written, too, to benchmarks/compared.json; `python -m tools.report` then
 brings the documents up to date.
 
-Time of a run: 12 minutes for MNIST, 25 for CIFAR-10, 6 for the first 4,434 digits of SVHN. pcDEQ is trained by its own
-recipe, which the time cuts short or prolongs. The others have the settings of their papers, stretched over the time,
-and the best of three learning rates: what was published, a third and three times that, each tried for a third of the
-time on training images without the last ones, and measured on these. For MNIST there is also a run of equal epochs, 5
-on the first 6,000 images.
+Time of a run: 12 minutes for MNIST, 25 for CIFAR-10, 6 for the first 4,434 digits of SVHN. All schedules are stretched
+over it. pcDEQ is trained by its own recipe. The others have two, see benchmarks/compared, that of their papers and one
+for short trainings, each at three learning rates: its own, a third and three times that. All six are tried for a
+quarter of the time on training images without the last ones, and measured on these; the best has the whole time. For
+MNIST there is also a run of equal epochs, 4 on the first 3,000 images.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ import importlib.util
 import json
 import os
 import platform
+import random
 import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -55,13 +56,23 @@ MINUTES = {"mnist": 12.0, "svhn": 6.0, "cifar": 25.0}
 HELD_OUT = {"mnist": 5000, "svhn": 434, "cifar": 5000}
 SVHN_IMAGES = 4434
 RATES = (1 / 3, 1, 3)
-TRIAL_SHARE = 1 / 3
-FEW = ["--limit-train=6000", "--epochs=5"]  # of equal epochs
+TRIAL_SHARE = 1 / 4
+EQUAL_EPOCHS = ["--limit-train=3000", "--epochs=4"]
 BINS = 24  # of the time, in a curve
 BATCH = 64
 
 # How a training ends whose solves fail, or whose loss is no number: torchdiffeq's AssertionError among them.
-BREAKDOWN = re.compile(r"(\w+\.)*ConvergenceError|AssertionError|epoch \d+, step \d+: ")
+BREAKDOWN = re.compile(r"(\w+\.)*(ConvergenceError|_?LinAlgError)|AssertionError|epoch \d+, step \d+: ")
+
+
+class Candidate(NamedTuple):
+    """How a system may be trained: a recipe, by its tag, at a learning rate."""
+
+    tag: str
+    lr: float
+
+    def __str__(self) -> str:
+        return f"{self.tag}-{self.lr:g}"
 
 
 @dataclass(frozen=True)
@@ -74,27 +85,32 @@ class Harness:
 
     def settings(self, variant: Variant) -> list[str]:
         """What all runs of a system have."""
-        flags = ["--module=benchmarks.compared", f"--model={variant.name}", "--resume", "--mixed-precision=no"]
-        flags += ["--save-every=200", "--cpu"]
-        flags += [f"--recipe={tag_of(variant)}"]
+        flags = ["--module=benchmarks.compared", f"--model={variant.name}", "--resume", "--mixed-precision=no", "--cpu"]
+        # A step of an ODE takes seconds.
+        flags += [f"--save-every={10 if variant.structure == 'ode' else 200}", "--log-every=1"]
         if variant.dataset.name == "svhn":
             flags += [f"--images={SVHN_IMAGES}"]
         if folder := data_of(variant, self.data):
             flags += [f"--data={folder}"]
         return flags
 
-    def train(self, variant: Variant, what: str, *flags: str) -> None:
+    def folder(self, variant: Variant, what: str, candidate: Candidate) -> Path:
+        """Of a run."""
+        return self.runs / f"{variant.name}.{what}-{candidate}"
+
+    def train(self, variant: Variant, what: str, candidate: Candidate, *flags: str) -> None:
         """One run. If its training breaks down, a file beside it says how, and it is not tried again.
 
         Raises:
             SystemExit: It ended by anything else, such as a kill or missing data, which is no fault of the system's.
         """
-        output = self.runs / f"{variant.name}.{what}"
+        output = self.folder(variant, what, candidate)
         failure = output.with_name(f"{output.name}.failed")
         if failure.exists():
             return
         output.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, str(ROOT / "recipes" / "train.py"), *self.settings(variant), *flags]
+        command = [sys.executable, str(ROOT / "recipes" / "train.py"), *self.settings(variant)]
+        command += [f"--recipe={candidate.tag}", f"--lr={candidate.lr}", *flags]
         paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
         with output.with_name(f"{output.name}.txt").open("a", encoding="utf-8") as console:
@@ -111,61 +127,70 @@ class Harness:
     def system(self, variant: Variant) -> None:
         """All runs of a system."""
         minutes = MINUTES[variant.dataset.name] * self.share
-        for rate in self.rates(variant):
-            held_out = f"--hold-out={HELD_OUT[variant.dataset.name]}"
-            self.train(variant, f"trial-{rate:.3g}", held_out, f"--lr={rate}", f"--minutes={minutes * TRIAL_SHARE:g}")
-        if (rate := self.best_rate(variant)) is not None:
-            self.train(variant, "time", f"--lr={rate}", f"--minutes={minutes:g}", "--log-every=10")
-            if variant.dataset.name == "mnist":
-                self.train(variant, "epochs", f"--lr={rate}", *FEW)
+        choice = candidates(variant)
+        if len(choice) > 1:
+            trial = [f"--hold-out={HELD_OUT[variant.dataset.name]}", f"--minutes={minutes * TRIAL_SHARE:g}"]
+            for candidate in choice:
+                self.train(variant, "trial", candidate, *trial)
+        for candidate in self.by_merit(variant):  # the next one only where training with the best breaks down
+            self.train(variant, "time", candidate, f"--minutes={minutes:g}")
+            if result(self.folder(variant, "time", candidate) / "results.csv"):
+                if variant.dataset.name == "mnist":
+                    self.train(variant, "epochs", candidate, *EQUAL_EPOCHS)
+                break
 
-    def rates(self, variant: Variant) -> list[float]:
-        """Learning rates to try; none for ours."""
-        if variant.name in OURS:
-            return []
-        return [float(f"{variant.recipes[tag_of(variant)].lr * factor:.3g}") for factor in RATES]
+    def trials(self, variant: Variant) -> dict[Candidate, float | None]:
+        """Accuracy on the held-out images; None of a run that failed."""
+        rows = {c: result(self.folder(variant, "trial", c) / "held_out.csv") for c in candidates(variant)}
+        return {candidate: row and float(row["top1"]) for candidate, row in rows.items()}
 
-    def trials(self, variant: Variant) -> dict[float, float | None]:
-        """Accuracy on the held-out images by learning rate; None of a run that failed."""
-        found = {}
-        for rate in self.rates(variant):
-            row = result(self.runs / f"{variant.name}.trial-{rate:.3g}" / "held_out.csv")
-            found[rate] = row and float(row["top1"])
-        return found
+    def by_merit(self, variant: Variant) -> list[Candidate]:
+        """Candidates, the best first; without those that failed."""
+        if len(only := candidates(variant)) == 1:
+            return only
+        found = {candidate: top1 for candidate, top1 in self.trials(variant).items() if top1 is not None}
+        return sorted(found, key=lambda candidate: -found[candidate])
 
-    def best_rate(self, variant: Variant) -> float | None:
-        """The learning rate that did best; of ours its own. None if all failed."""
-        if variant.name in OURS:
-            return variant.recipes[tag_of(variant)].lr
-        found = {rate: top1 for rate, top1 in self.trials(variant).items() if top1 is not None}
-        return max(found, key=lambda rate: found[rate]) if found else None
+    def trained(self, variant: Variant) -> Candidate | None:
+        """The one that had the whole time."""
+        done = (c for c in self.by_merit(variant) if result(self.folder(variant, "time", c) / "results.csv"))
+        return next(done, None)
 
     def collect(self, variant: Variant) -> dict[str, Any]:
         """What the runs of a system gave."""
-        run = self.runs / f"{variant.name}.time"
-        found: dict[str, Any] = {"parameters": variant.parameters, "lr": self.best_rate(variant)}
-        found["trials"] = {f"{rate:g}": top1 for rate, top1 in self.trials(variant).items()}
+        found: dict[str, Any] = {"parameters": variant.parameters}
+        if len(candidates(variant)) > 1:
+            found["trials"] = {str(candidate): top1 for candidate, top1 in self.trials(variant).items()}
         failures = [path.read_text("utf-8").strip() for path in self.runs.glob(f"{variant.name}.*.failed")]
         found["failed_runs"] = failures
-        if row := result(run / "results.csv"):
-            log = [json.loads(line) for line in (run / "log.jsonl").read_text("utf-8").splitlines()]
-            found |= {"top1": float(row["top1"]), "epochs": float(row["epochs"])}
-            for direction in ("forward", "backward"):
-                counts = [count for key, count in log[-1]["evaluations"].items() if key.endswith(direction)]
-                found[direction] = round(sum(counts), 2)
-            found["unconverged"] = sum(line["unconverged"] for line in log)
-            found["images"] = sum(line["images"] for line in log)
-            found["curve"] = curve(run / "steps.jsonl", MINUTES[variant.dataset.name] * self.share * 60)
-        if row := result(self.runs / f"{variant.name}.epochs" / "results.csv"):
+        if (candidate := self.trained(variant)) is None:
+            return found
+        run = self.folder(variant, "time", candidate)
+        row = result(run / "results.csv")
+        assert row is not None
+        log, steps = (read_lines(run / name) for name in ("log.jsonl", "steps.jsonl"))
+        found |= {"recipe": candidate.tag, "lr": candidate.lr, "top1": float(row["top1"])}
+        found |= {"epochs": float(row["epochs"]), "updates": len(steps)}
+        images = sum(line["images"] for line in log)
+        for direction in ("forward", "backward"):  # mean over the images trained on, added up over the layers
+            counts = ((line["images"], key, n) for line in log for key, n in line["evaluations"].items())
+            total = sum(part * n for part, key, n in counts if key.endswith(direction))
+            found[direction] = round(total / images, 2)
+        found["solves"] = sum(line["images"] * len(line["evaluations"]) for line in log)
+        found["unconverged"] = sum(line["unconverged"] for line in log)
+        found["curve"] = curve(steps, MINUTES[variant.dataset.name] * self.share * 60)
+        if row := result(self.folder(variant, "epochs", candidate) / "results.csv"):
             found["top1_equal_epochs"] = float(row["top1"])
         return found
 
 
-def tag_of(variant: Variant) -> str:
-    """The recipe that a system is trained by."""
-    if variant.name not in OURS:
-        return "published"
-    return "zoo4434" if variant.dataset.name == "svhn" else "zoo"
+def candidates(variant: Variant) -> list[Candidate]:
+    """How a system may be trained; ours by its own recipe only."""
+    if variant.name in OURS:
+        tag = "zoo4434" if variant.dataset.name == "svhn" else "zoo"
+        return [Candidate(tag, variant.recipes[tag].lr)]
+    recipes = variant.recipes.items()
+    return [Candidate(tag, float(f"{recipe.lr * rate:.3g}")) for tag, recipe in recipes for rate in RATES]
 
 
 def data_of(variant: Variant, data: str | None) -> str | None:
@@ -185,12 +210,16 @@ def result(path: Path) -> dict[str, str] | None:
     return found.row
 
 
-def curve(path: Path, seconds: float) -> list[tuple[float, float]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """What a log of a run says; nothing if there is none."""
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+
+
+def curve(steps: list[dict[str, Any]], seconds: float) -> list[tuple[float, float]]:
     """Seconds of training and accuracy on the images trained on since the point before, at equal distances in time."""
-    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     points = []
     for end in (seconds * (i + 1) / BINS for i in range(BINS)):
-        recent = [line["train_top1"] for line in lines if end - seconds / BINS < line["seconds"] <= end]
+        recent = [step["train_top1"] for step in steps if end - seconds / BINS < step["seconds"] <= end]
         if recent:
             points.append((round(end, 1), round(sum(recent) / len(recent), 2)))
     return points
@@ -207,10 +236,10 @@ def costs(names: list[str], harness: Harness, rounds: int) -> dict[str, dict[str
         variant = SYSTEMS[name]
         images, labels = load(variant.dataset, "train", data_of(variant, harness.data))
         x, y = normalize(images[:BATCH], variant.dataset), labels[:BATCH]
-        file = harness.runs / f"{name}.time" / "model.safetensors"
-        recipe = variant.recipes[tag_of(variant)]
-        overlay = {"file": str(file)} if file.exists() else None
-        create = {"pretrained": file.exists(), "stop": recipe.stop, "tol": recipe.tol}
+        candidate = harness.trained(variant)
+        recipe = variant.recipes[(candidate or candidates(variant)[0]).tag]
+        overlay = candidate and {"file": str(harness.folder(variant, "time", candidate) / "model.safetensors")}
+        create = {"pretrained": candidate is not None, "stop": recipe.stop, "tol": recipe.tol}
         train = timm.create_model(name, **create, pretrained_cfg_overlay=overlay).train()
         infer = timm.create_model(name, **create, pretrained_cfg_overlay=overlay).eval()
         steps[name] = lambda train=train, x=x, y=y: training_step(train, x, y)
@@ -242,6 +271,7 @@ def main() -> None:
     VARIANTS.update(OTHERS)  # so that their rows are read
     harness = Harness(args.runs, args.share, args.data)
     trained = [SYSTEMS[name] for name in names if not name.endswith("_large")]
+    random.Random(0).shuffle(trained)  # what else is on the machine at a time hits any of them
     with ThreadPoolExecutor(args.jobs) as pool:
         list(tqdm(pool.map(harness.system, trained), total=len(trained), desc="systems", disable=None))
 

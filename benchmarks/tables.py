@@ -90,10 +90,9 @@ def tables(document: dict[str, Any]) -> str:
 
 def compared(found_of: dict[str, Any], systems: list[Variant]) -> str:
     """What compare.py found of the systems of a data set; a dash where one was not trained, or not measured."""
-    header = f"System|Parameters|Published, %|{found_of['minutes']:g} minutes, %|Epochs|Equal epochs, %|NFE forward"
-    header += (
-        "|NFE backward|Training step, s|Peak, MB|Inference, s|Unconverged solves, ‰|Learning rate|Runs that failed"
-    )
+    header = f"System|Parameters|Published, %|{found_of['minutes']:g} minutes, %|Recipe|Learning rate|Updates|Epochs"
+    header += "|Equal epochs, %|NFE forward|NFE backward|Unconverged solves, ‰|Training step, ms|Peak, MB|Inference, ms"
+    header += "|Runs that failed"
     rows = []
     for variant in systems:
         found = found_of["systems"].get(variant.name, {})
@@ -101,22 +100,24 @@ def compared(found_of: dict[str, Any], systems: list[Variant]) -> str:
         def cell(key: str, form: str = "{:.2f}", factor: float = 1, found: dict[str, Any] = found) -> str:
             return form.format(found[key] * factor) if found.get(key) is not None else "–"
 
-        solves = 1000 / found["images"] if found.get("images") else 1
+        share = 1000 / found["solves"] if found.get("solves") else 1
         rows.append(
             [
                 variant.paper_name,
                 f"{variant.parameters:,}",
                 f"{variant.paper_accuracy:.1f}",
                 cell("top1"),
+                f"`{found['recipe']}`" if "recipe" in found else "–",
+                cell("lr", "{:.2g}"),
+                cell("updates", "{:,}"),
                 cell("epochs", "{:.1f}"),
                 cell("top1_equal_epochs"),
                 cell("forward", "{:.1f}"),
                 cell("backward", "{:.1f}"),
-                cell("train_s", "{:.2f}"),
+                cell("unconverged", "{:.1f}", share),
+                cell("train_s", "{:,.1f}", 1e3),
                 cell("train_peak_bytes", "{:.1f}", 1e-6),
-                cell("infer_s", "{:.3f}"),
-                cell("unconverged", "{:.1f}", solves),
-                cell("lr", "{:.2g}"),
+                cell("infer_s", "{:,.1f}", 1e3),
                 str(len(found.get("failed_runs", []))),
             ]
         )

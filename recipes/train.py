@@ -202,6 +202,7 @@ class Training:
                     every = self.config.save_every
                     if every and progress.step % every == 0 and progress.step < len(steps):
                         self.save()
+                        self._clock = time.perf_counter()  # a state is not counted
             self._check_loss()
             progress.sums = sum_over_processes(self.accelerator, progress.sums)
             if self.accelerator.is_main_process:

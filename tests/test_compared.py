@@ -16,7 +16,7 @@ import train
 from recipe_runs import ROOT, log_of
 from torch import Tensor, nn
 
-from benchmarks.compare import BREAKDOWN, MINUTES, SYSTEMS, Harness, curve
+from benchmarks.compare import BREAKDOWN, MINUTES, SYSTEMS, Candidate, Harness, candidates, curve
 from benchmarks.compared import VARIANTS as OTHERS
 from benchmarks.compared import ode
 from benchmarks.compared.mondeq import Circular, Dense, MonotoneEquilibrium, MultiTier, SplittingSolver
@@ -320,18 +320,18 @@ def test_a_harness_says_what_broke_down_and_takes_the_rest(tmp_path, monkeypatch
 
     monkeypatch.setattr("subprocess.run", run)
     for _ in range(2):
-        harness.train(variant, "trial-0.003", "--lr=0.003")
-    harness.train(variant, "trial-0.001", "--lr=0.001")
+        harness.train(variant, "trial", Candidate("published", 0.003))
+    harness.train(variant, "trial", Candidate("published", 0.001))
     assert len(calls) == 2  # what broke down is not tried again
     found = harness.collect(variant)
     assert found["failed_runs"] == [said]
     table = compared({"minutes": 12, "systems": {variant.name: found}}, [variant])
-    assert table.splitlines()[2].startswith("| monDEQ-L | 84,313 | 98.1 | – |")
+    assert table.splitlines()[2].startswith("| monDEQ-L | 84,313 | 98.1 | – | – |")
     assert table.splitlines()[2].endswith("| 1 |")
 
     said = "no data: no data folder nowhere"  # which is not held against the system
-    with pytest.raises(SystemExit, match=r"time ended, start this again to go on: no data: no data folder nowhere"):
-        harness.train(variant, "time", "--lr=0.003")
+    with pytest.raises(SystemExit, match=r"time-published-0\.003 ended, start this again to go on: no data: no data folder nowhere"):
+        harness.train(variant, "time", Candidate("published", 0.003))
     assert harness.collect(variant)["failed_runs"] == found["failed_runs"]
 
 
@@ -340,6 +340,7 @@ def test_a_harness_says_what_broke_down_and_takes_the_rest(tmp_path, monkeypatch
     [
         ("pcdeq_zoo.solution.ConvergenceError: the ODE could not be solved", True),
         ("AssertionError: max_num_steps exceeded (1000>=1000)", True),
+        ("torch._C._LinAlgError: linalg.inv: The diagonal element 3 is zero", True),
         ("epoch 3, step 40: the sum of the losses is nan, so the run ends here; try another --lr", True),
         ("ModuleNotFoundError: No module named 'accelerate'", False),
         ("another process is training in runs/x", False),
@@ -349,11 +350,52 @@ def test_what_is_a_breakdown(last: str, is_breakdown: bool):
     assert bool(BREAKDOWN.match(last)) == is_breakdown
 
 
-def test_a_curve_has_its_points_at_equal_distances(tmp_path):
-    path = tmp_path / "steps.jsonl"
-    lines = [{"epoch": 1, "step": i, "seconds": i, "train_loss": 1.0, "train_top1": float(i)} for i in range(1, 49)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    points = curve(path, 48.0)
+def test_what_did_best_on_held_out_images_has_the_time_and_the_next_one_where_it_breaks_down(tmp_path, monkeypatch):
+    harness, variant = Harness(tmp_path, 1.0, None), OTHERS["mondeq_l_mnist"]
+    choice = candidates(variant)
+    assert len(choice) == 6
+    assert {candidate.tag for candidate in choice} == {"published", "one_cycle"}
+    merit = dict(zip(choice, (90.0, 95.0, 91.0, 97.0, 96.0, None), strict=True))
+    ran = []
+
+    def train(self, variant, what, candidate, *flags):
+        ran.append((what, candidate, flags))
+        folder = self.folder(variant, what, candidate)
+        if merit[candidate] is None or (what == "time" and merit[candidate] == 97.0):
+            folder.with_name(f"{folder.name}.failed").write_text("broke down\n")
+            return
+        folder.mkdir()
+        row = {"top1": merit[candidate], "epochs": 2}
+        name = "held_out.csv" if what == "trial" else "results.csv"
+        monkeypatch.setitem(rows, folder / name, row)
+        log = {"images": 100, "evaluations": {"a forward": 7.0, "a backward": 5.0}, "unconverged": 1}
+        (folder / "log.jsonl").write_text(json.dumps(log) + "\n" + json.dumps({**log, "images": 50}) + "\n")
+        (folder / "steps.jsonl").write_text(json.dumps({"seconds": 3.0, "train_top1": 50.0}) + "\n")
+
+    rows: dict = {}
+    monkeypatch.setattr("benchmarks.compare.result", rows.get)
+    monkeypatch.setattr(Harness, "train", train)
+    harness.system(variant)
+    assert [what for what, *_ in ran] == ["trial"] * 6 + ["time"] * 2 + ["epochs"]
+    assert "--hold-out=5000" in ran[0][2]
+    assert "--minutes=3" in ran[0][2]
+    assert [candidate for _, candidate, _ in ran[6:]] == [choice[3], choice[4], choice[4]]
+
+    found = harness.collect(variant)
+    assert (found["recipe"], found["lr"], found["top1"]) == ("one_cycle", choice[4].lr, 96.0)
+    assert (found["updates"], found["solves"], found["unconverged"]) == (1, 300, 2)
+    assert (found["forward"], found["backward"], found["top1_equal_epochs"]) == (7.0, 5.0, 96.0)
+    assert len(found["failed_runs"]) == 2
+
+
+def test_ours_are_trained_by_their_own_recipe():
+    assert candidates(VARIANTS["pcdeq1_mc_relu6_mnist"]) == [Candidate("zoo", 0.012)]
+    assert candidates(VARIANTS["pcdeq1_sc_relu6_svhn"]) == [Candidate("zoo4434", 0.012)]
+
+
+def test_a_curve_has_its_points_at_equal_distances():
+    steps = [{"seconds": i, "train_top1": float(i)} for i in range(1, 49)]
+    points = curve(steps, 48.0)
     assert [seconds for seconds, _ in points] == [2.0 * (i + 1) for i in range(24)]
     assert points[0][1] == 1.5
 

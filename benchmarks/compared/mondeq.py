@@ -88,7 +88,7 @@ class Dense(nn.Module):
 
 
 class Circular(nn.Module):
-    """W of (N, C, n, n) by 3×3 convolutions on a torus; the Frobenius norms of A and B, |g| and |h|, are learned."""
+    """W of (N, C, n, n) by 3×3 convolutions on a torus; the Frobenius norms of A and B, √|g| and |h|, are learned."""
 
     def __init__(self, channels: int, size: int, m: float = 1.0) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class Circular(nn.Module):
 
     @property
     def A(self) -> Tensor:  # noqa: N802
-        return self.g * self.A0.weight / self.A0.weight.norm()
+        return self.g.abs().sqrt() * self.A0.weight / self.A0.weight.norm()
 
     @property
     def B(self) -> Tensor:  # noqa: N802
@@ -122,9 +122,10 @@ class Circular(nn.Module):
     def resolvent(self, alpha: float) -> Resolvent:
         """(I + α (I − W))⁻¹."""
         inverse = torch.linalg.inv(self.matrices(alpha, half=True))
+        adjoint = inverse.mH.resolve_conj()  # now, and not in each product
 
         def solve(z: State, transpose: bool = False) -> State:
-            found = (inverse.mH if transpose else inverse) @ spectrum(z[0], half=True)
+            found = (adjoint if transpose else inverse) @ spectrum(z[0], half=True)
             return (from_spectrum(found, self.size, half=True),)
 
         return solve
@@ -149,7 +150,7 @@ class MultiTier(nn.Module):
 
     def D(self, i: int) -> Tensor:  # noqa: N802
         """Kernel from tier i to the next."""
-        return self.gn[i] * self.D0[i].weight / self.D0[i].weight.norm()
+        return self.gn[i].abs().sqrt() * self.D0[i].weight / self.D0[i].weight.norm()
 
     def down(self, z: Tensor, i: int) -> Tensor:
         """Dᵢ z."""
@@ -211,11 +212,12 @@ class MultiTier(nn.Module):
         d = symbol(self.D(i), n, half=False)
         core = _fold(d @ inverse @ d.mH)
         core = torch.linalg.inv(torch.eye(core.shape[-1], dtype=core.dtype, device=core.device) / alpha + core)
+        inverse_adjoint, core_adjoint, d_adjoint = (matrix.mH.resolve_conj() for matrix in (inverse, core, d))
 
         def solve(z: State, transpose: bool = False) -> State:
-            outer, inner = (inverse.mH, core.mH) if transpose else (inverse, core)
+            outer, inner = (inverse_adjoint, core_adjoint) if transpose else (inverse, core)
             first = outer @ spectrum(z[0], half=False)
-            second = outer @ (d.mH @ (inner @ _fold(d @ first)).repeat(2, 2, 1, 1))
+            second = outer @ (d_adjoint @ (inner @ _fold(d @ first)).repeat(2, 2, 1, 1))
             return (from_spectrum(first - second, n, half=False),)
 
         return solve
@@ -265,9 +267,9 @@ class SplittingSolver:
         u, change, iterations = z, math.inf, 0
         while change > self.tol and iterations < self.max_evals:
             if resolvent:
-                half = tuple(2 * a - b for a, b in zip(z, u, strict=True))
-                solved = resolvent(tuple(a + alpha * b for a, b in zip(half, right, strict=True)), transpose)
-                u = tuple(2 * a - b for a, b in zip(solved, half, strict=True))
+                reflected = tuple(2 * a - b for a, b in zip(z, u, strict=True))
+                solved = resolvent(tuple(a + alpha * b for a, b in zip(reflected, right, strict=True)), transpose)
+                u = tuple(2 * a - b for a, b in zip(solved, reflected, strict=True))
             else:
                 image = operator(z, transpose)
                 u = tuple((1 - alpha) * a + alpha * (b + c) for a, b, c in zip(z, image, right, strict=True))
@@ -336,6 +338,8 @@ class MonotoneEquilibrium(nn.Module):
     def _announce(self, z: State, iterations: int, change: float, direction: Direction, thread: int) -> None:
         samples = z[0].new_ones(len(z[0]))
         status = Status.CONVERGED if change <= self.solver.tol else Status.MAX_EVALUATIONS
+        if not math.isfinite(change):
+            status = Status.NON_FINITE
         codes = (samples * status).to(torch.int8)
         solution = Solution(z[-1], codes, (samples * iterations).long(), samples * change, samples * math.inf)
         announce(solution, self, direction, thread, self.solver.on_failure)

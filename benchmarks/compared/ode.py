@@ -41,8 +41,8 @@ class Velocity(nn.Module):
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         self.evaluations += 1
         time = t.to(x.dtype).expand(len(x), 1, *x.shape[2:])
-        for layer, function in ((self.conv1, F.relu), (self.conv2, F.relu)):
-            x = function(layer(torch.cat([time, x], 1)))
+        for layer in (self.conv1, self.conv2):
+            x = F.relu(layer(torch.cat([time, x], 1)))
         return self.conv3(torch.cat([time, x], 1))
 
 

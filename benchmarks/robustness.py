@@ -27,7 +27,7 @@ from pcdeq_zoo.weights import Checkpoint, checkpoints
 RESULTS = Path(__file__).with_name("robustness.json")
 
 # In multiples of the eps that the robust net was trained for.
-SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.25, 1.5)
+SHARES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.25, 1.5)
 
 
 def curve(checkpoint: Checkpoint, eps_of_training: float, count: int) -> dict[str, Any]:
@@ -38,14 +38,15 @@ def curve(checkpoint: Checkpoint, eps_of_training: float, count: int) -> dict[st
     x, y = normalize(images[:count], dataset), labels[:count]
     with torch.no_grad():
         clean = model(x).argmax(1) == y
-    found: dict[str, Any] = {"eps": [0.0], "pgd": [_percent(clean)], "interval": [_percent(clean)]}
-    found["linear"] = [_percent(clean)]
+    found: dict[str, Any] = {"eps": [], "pgd": [], "interval": [], "linear": []}
+    generator = torch.Generator().manual_seed(0)
     for eps in (share * eps_of_training for share in SHARES):
         proven = certify(model, x, y, eps)
         survives = proven.certified
         left = clean & ~survives
         with torch.no_grad():
-            survives[left] = model(pgd(model, x[left], y[left], eps)).argmax(1) == y[left]
+            attacked = pgd(model, x[left], y[left], eps, generator=generator)
+            survives[left] = model(attacked).argmax(1) == y[left]
         found["eps"].append(round(eps, 6))
         found["pgd"].append(_percent(survives))
         found["interval"].append(_percent(proven.by_intervals))
@@ -76,7 +77,7 @@ def main() -> None:
         eps = robust[name].recipe.eps
         curves = {it.name: curve(it, eps, args.images) for it in (robust[name], ordinary)}
         panels[name] = {"eps": eps, "images": args.images, "curves": curves}
-    replace_file(RESULTS, json.dumps([panels[name] for name in robust if name in panels], indent=1) + "\n")
+        replace_file(RESULTS, json.dumps([panels[name] for name in robust if name in panels], indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -124,11 +124,14 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--output", type=Path, required=True, help="folder, for a JSON file of this run")
     args = parser.parse_args()
+    if args.epochs < 1:
+        parser.error(f"--epochs must be at least 1, got {args.epochs}")
 
     recipe = replace(VARIANTS[NAME].recipes[f"robust_{args.eps}"], epochs=args.epochs)
     images, labels = load(VARIANTS[NAME].dataset, "train")
     torch.manual_seed(args.seed)
     model = twin(args.layer)
+    torch.manual_seed(args.seed)  # the same batches, whatever the layers drew
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
     start = time.perf_counter()
     for epoch in range(recipe.epochs):

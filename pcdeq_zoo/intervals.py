@@ -22,7 +22,7 @@ from pcdeq_zoo.pcdeq import PcDEQ, PcDEQHead
 from pcdeq_zoo.pooling import CompactMaxPool2d
 from pcdeq_zoo.solver import Solver
 
-__all__ = ["TINY", "Affine", "Box", "affine", "interval", "modules_in_order", "rounding"]
+__all__ = ["TINY", "Affine", "Box", "affine", "has_own_hull", "interval", "modules_in_order", "rounding"]
 
 TINY = 1e-30  # far more than underflow takes of a sum
 
@@ -34,7 +34,7 @@ _AFFINE = (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d)
 _KINDS = (*_EXACT, *_MEANS, *_SMOOTH, *_AFFINE)
 
 
-def _has_own_hull(module: nn.Module) -> bool:
+def has_own_hull(module: nn.Module) -> bool:
     """Whether it has a method `hull`, and that is of its `forward`: of the class that defines it, or a subclass."""
     found = {name: next((c for c in type(module).__mro__ if name in vars(c)), None) for name in ("hull", "forward")}
     return found["hull"] is not None and found["forward"] is not None and issubclass(found["hull"], found["forward"])
@@ -49,7 +49,7 @@ def _why_not(module: nn.Module) -> str:
     """Why there are no bounds of a module, or nothing. A subclass may compute something else than its base."""
     if not _is_plain(module):
         return "it has hooks, or a forward of its own"
-    if _has_own_hull(module):
+    if has_own_hull(module):
         return ""
     if type(module) not in _KINDS:
         return "it is none of those that have"
@@ -163,9 +163,13 @@ class Affine(NamedTuple):
         """|A| x + |b|, for x ≥ 0."""
         return self.spread(x) + self.offset
 
-    def interval(self, box: Box) -> Box:
+    def interval(self, box: Box, *, proven: bool) -> Box:
         """Exact but for rounding: the outputs at the corners that the signs of a row of A pick."""
-        center, radius = box.center, box.radius
+        center = box.center
+        if not proven:
+            output, width = self.function(center), self.spread(box.upper - center)
+            return Box(output - width, output + width)
+        radius = box.radius
         share = rounding(center, self.terms)
         output = self.function(center)
         width = self.spread(radius + share * (center.abs() + radius)) / (1 - share) + (share * self.offset + TINY)
@@ -230,11 +234,13 @@ def interval(module: nn.Module, box: Box, solver: Solver | None = None, clean: T
     Args:
         module: One that `modules_in_order` gives, in evaluation mode or with `clean`.
         box: Of its inputs.
-        solver: Of pcDEQ layers; by default their own. The bounds are proven if it is "certified". Handed to any `hull`,
-            see `PcDEQConv2d.hull`.
+        solver: Of pcDEQ layers; the bounds are proven if it is "certified". None for their own, and bounds to train
+            with, without rounding, which takes a tenth of a step. Handed to any `hull`, see `PcDEQConv2d.hull`.
         clean: See `affine`.
     """
     lower, upper = _interval(module, box, solver, clean)
+    if solver is None:
+        return Box(lower, upper)
     known = lower.isfinite() & upper.isfinite()  # what overflows may be anything
     return Box(lower.masked_fill(~known, -math.inf), upper.masked_fill(~known, math.inf))
 
@@ -246,8 +252,10 @@ def _interval(module: nn.Module, box: Box, solver: Solver | None, clean: Tensor 
     if isinstance(module, _AFFINE):
         form = affine(module, box.lower, clean)
         assert form is not None
-        return form.interval(box)
+        return form.interval(box, proven=solver is not None)
     outputs = Box(module(box.lower), module(box.upper))
+    if solver is None:
+        return outputs
     if isinstance(module, _SMOOTH):
         outputs = outputs.widened(_error(module, box) * outputs.magnitude + (_jump(module) + TINY))
     if isinstance(module, _MEANS):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pcdeq_zoo.intervals import TINY, Affine, Box, affine, rounding
+from pcdeq_zoo.intervals import TINY, Affine, Box, affine, has_own_hull, rounding
 from pcdeq_zoo.layers import PcDEQConv2d, PcDEQLinear
 from pcdeq_zoo.maps import LinearizedMap
 from pcdeq_zoo.solver import solve
@@ -77,6 +77,8 @@ def step_back(module: nn.Module, functional: Functional, box: Box, outputs: Box)
     """
     if type(module) is PcDEQLinear or type(module) is PcDEQConv2d:  # no subclass, which may compute something else
         return _equilibrium(module, functional, box, outputs)
+    if has_own_hull(module):  # whatever it is a subclass of
+        return _hull(functional, box, outputs)
     if isinstance(module, nn.MaxPool2d) and not module.ceil_mode:
         return _max_pool(module, functional, box)
     if isinstance(module, nn.ReLU):
@@ -85,7 +87,11 @@ def step_back(module: nn.Module, functional: Functional, box: Box, outputs: Box)
         return _through(functional, *_parallels(module, box), box)
     if (form := affine(module, box.lower)) is not None:
         return _affine(form, functional, box)
-    # Of any other its hull.
+    return _hull(functional, box, outputs)
+
+
+def _hull(functional: Functional, box: Box, outputs: Box) -> Functional:
+    """The least on all outputs, whatever the inputs are."""
     lowest = functional.coefficients.clamp(min=0), functional.coefficients.clamp(max=0)
     constant = _sum(functional.constant, _dot(lowest[0], outputs.lower), _dot(lowest[1], outputs.upper))
     count = functional.constant.shape[1]

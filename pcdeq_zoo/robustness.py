@@ -162,7 +162,7 @@ def _parts(model: nn.Module, like: Tensor) -> list[tuple[str, nn.Module]]:
 
 def _classifier(modules: list[tuple[str, nn.Module]]) -> nn.Linear:
     name, last = modules[-1]
-    if not isinstance(last, nn.Linear):
+    if type(last) is not nn.Linear:  # no subclass, which may compute something else
         raise TypeError(f"a classifier must end in nn.Linear to have margins, this one ends in {name}, {last}")
     return last
 
@@ -345,8 +345,9 @@ def pgd(
 ) -> Tensor:
     """Images near some that the model labels wrong, as far as projected gradient descent finds them.
 
-    Of the margin to the best other class, from random starts, with a step that falls from eps to 0 (Madry et al., ICLR
-    2018, https://arxiv.org/abs/1706.06083). An upper bound of the robust accuracy, where `certify` has a lower one.
+    Of the margin to the best other class, from random starts, with a step that falls from half the width of the box to
+    0 (Madry et al., ICLR 2018, https://arxiv.org/abs/1706.06083). An upper bound of the robust accuracy, where
+    `certify` has a lower one.
 
     Args:
         model: A classifier in evaluation mode.
@@ -370,7 +371,7 @@ def pgd(
         best = box.center if isinstance(images, Box) else images.detach().clone()
         width = (box.upper - box.lower) / 2
         logits = model(best).detach()
-        labels = _labels(labels, len(best), logits.shape[1], best.device)
+        labels = _labels(labels, len(best), logits.shape[1], best.device).clone()
         least_margin = _logit_margin(logits, labels)
         for _ in range(restarts):
             x = torch.rand(best.shape, generator=generator, dtype=best.dtype).to(best.device)

@@ -85,7 +85,10 @@ HelpFormatter = functools.partial(argparse.RawDescriptionHelpFormatter, width=10
 
 def make_parser(description: str | None = None) -> argparse.ArgumentParser:
     """The parser of a command line of train.py."""
-    parser = argparse.ArgumentParser("train.py", description=description, formatter_class=HelpFormatter)
+    # No abbreviations: sweep.py must know which flags it is given.
+    parser = argparse.ArgumentParser(
+        "train.py", description=description, formatter_class=HelpFormatter, allow_abbrev=False
+    )
     _add_flags(parser, Config)
     _add_flags(parser.add_argument_group("recipe", "By default what pcdeq_zoo.VARIANTS[model].recipes says."), Recipe)
     return parser

@@ -61,7 +61,7 @@ class Launcher:
 
     def is_gone(self) -> bool:
         """Whether there was one, and is none any more."""
-        return self._process is not None and not self._process.is_running()
+        return self._process is not None and os.getppid() != self._process.pid  # not is_running: it may be a zombie
 
 
 def hardware(accelerator: Accelerator) -> str:

@@ -30,7 +30,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from config import HelpFormatter, train_slices
+from config import HelpFormatter, import_module, train_slices
 from run_folder import read_record
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -138,7 +138,9 @@ def calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> fl
     return gaps.abs().sum().item() / len(confidence)
 
 
-def measure_run(run: Path, data: str | None, device: torch.device) -> dict[str, Any]:
+def measure_run(
+    run: Path, data: str | None, device: torch.device, batch_size: int = 500, progress: bool = False
+) -> dict[str, Any]:
     """Measure the weights of a run as a user loads them, on the test set or what the run held out; writes results.csv.
 
     Returns:
@@ -150,6 +152,8 @@ def measure_run(run: Path, data: str | None, device: torch.device) -> dict[str, 
     if not (run / "run.json").is_file():
         raise SystemExit(f"{run} is not a run of train.py: it has no run.json")
     settings = read_record(run / "run.json")
+    if module := settings.get("module"):
+        import_module(module)
     try:
         variant, held_out = VARIANTS[settings["model"]], int(settings["hold_out"] or 0)
         log = [json.loads(line) for line in (run / "log.jsonl").read_text("utf-8").splitlines()]
@@ -164,10 +168,10 @@ def measure_run(run: Path, data: str | None, device: torch.device) -> dict[str, 
             "hardware": settings["hardware"],
             "hours": round(sum(line["seconds"] for line in log) / 3600, 2),
         }
+        stop = settings["recipe"]["stop"] and "certified"  # models that have but one criterion prove nothing
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SystemExit(f"{run} is not what train.py wrote: {type(error).__name__}: {error}") from error
     overlay = {"file": str(run / "model.safetensors")}
-    stop = settings["recipe"]["stop"] and "certified"  # models that have but one criterion prove nothing
     create: dict[str, Any] = {"pretrained": True, "pretrained_cfg_overlay": overlay}
     create["channels"] = settings.get("channels")
     model = timm.create_model(variant.name, stop=stop, **create).to(device)
@@ -175,10 +179,10 @@ def measure_run(run: Path, data: str | None, device: torch.device) -> dict[str, 
     if held_out:
         _, part = train_slices(len(images), settings["recipe"].get("images"), held_out)
         images, labels = images[part], labels[part]
-    measured = evaluate(model, variant.dataset, images, labels)
+    measured = evaluate(model, variant.dataset, images, labels, batch_size, progress)
     if eps := settings["recipe"].get("eps"):
         as_created = timm.create_model(variant.name, **create).to(device)
-        measured |= evaluate_robustness(as_created, variant.dataset, images, labels, eps)
+        measured |= evaluate_robustness(as_created, variant.dataset, images, labels, eps, progress=progress)
     row = results_row(model, measured, known)
     write_rows(run / ("held_out.csv" if held_out else "results.csv"), [row])
     return row
@@ -272,11 +276,13 @@ def main() -> None:
         return
     try:
         if args.run:
-            measured = measure_run(args.run, args.data, accelerator.device)
+            measured = measure_run(args.run, args.data, accelerator.device, args.batch_size, progress=True)
         else:
             overlay = {"file": str(args.checkpoint)} if args.checkpoint else None
             try:
                 model = timm.create_model(args.model, pretrained=True, stop="certified", pretrained_cfg_overlay=overlay)
+            except TypeError as error:  # of another constructor
+                raise SystemExit(f"{args.model} is not of this zoo, whose models this measures: {error}") from error
             except (RuntimeError, ValueError, LookupError, OSError, AssertionError) as error:  # timm's and the Hub's
                 raise SystemExit(f"no model {args.model!r}: {' '.join(str(error).split())[:500]}") from error
             architecture = model.pretrained_cfg["architecture"]

@@ -21,6 +21,7 @@ class Progress:
         self.step = 0  # optimizer steps of this epoch
         self.updates = 0  # of all epochs
         self.seconds = 0.0  # of all epochs
+        self.logged: dict[str, float] = {}  # what steps.jsonl has of the sums
         self._sums: dict[str, float | Tensor] = {}
 
     @property
@@ -34,7 +35,7 @@ class Progress:
 
     def next_epoch(self) -> None:
         """Begin to count again."""
-        self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
+        self.epoch, self.step, self.sums, self.logged = self.epoch + 1, 0, {}, {}
 
     def add(self, **values: float | Tensor) -> None:
         """Add to the sums, a number or a tensor of one in float64, without waiting for it."""
@@ -80,13 +81,14 @@ class Progress:
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, as JSON can have it."""
-        return {name: getattr(self, name) for name in ("epoch", "step", "updates", "seconds", "sums")}
+        return {name: getattr(self, name) for name in ("epoch", "step", "updates", "seconds", "sums", "logged")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to what `state_dict` gave."""
         self.epoch, self.step, self.updates = (int(state[key]) for key in ("epoch", "step", "updates"))
         self.seconds = float(state["seconds"])
         self.sums = {key: float(value) for key, value in state["sums"].items()}
+        self.logged = {key: float(value) for key, value in state["logged"].items()}
 
 
 def _certified(sums: dict[str, float]) -> float:

@@ -1,6 +1,6 @@
 """The folder of a run: who may write to it, its settings, and the states that `--resume` goes on from.
 
-    run.json                    the settings, written once
+    run.json                    the settings, and by which commits and hardware it was trained
     log.jsonl                   a line per epoch
     steps.jsonl                 with --log-every, a line every so many steps
     state/epoch-0002-step-…/    the newest state: tensors as safetensors, the rest as JSON, digests.json over all
@@ -31,7 +31,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from pcdeq_zoo.files import sync_folder
+from pcdeq_zoo.files import replace_file, sync_folder
 
 _STATE_NAME = re.compile(r"epoch-\d{4,}-step-\d{6,}(-\d+)?")
 _TEMPORARY_PREFIX = ".writing-"
@@ -109,6 +109,17 @@ def compare_settings(settings: dict[str, Any], record: Path) -> None:
     if other := [key for key in now if key not in free and now[key] != before.get(key)]:
         found = ", ".join(f"{key} {before.get(key)!r} there, {now[key]!r} here" for key in other)
         raise SystemExit(f"{record.parent} holds a run with other settings: {found}; give another --output")
+
+
+def record_launch(record: Path, settings: dict[str, Any]) -> None:
+    """Write run.json; for a run that goes on add what it goes on with, "1 CPU thread; 2 CPU threads"."""
+    if record.exists():
+        before = read_record(record)
+        for key in ("commit", "hardware"):
+            if settings[key] not in (known := str(before.get(key)).split("; ")):
+                before[key] = "; ".join([*known, settings[key]])
+        settings = before
+    replace_file(record, json.dumps(settings, indent=1) + "\n")
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:  # at once: what f
 import argparse
 import fnmatch
 import shlex
+import signal
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
@@ -33,6 +34,8 @@ from pcdeq_zoo import VARIANTS
 
 _OWN = ("--model", "--recipe", "--seed", "--output", "--resume")
 TRAIN = Path(__file__).with_name("train.py")
+
+_running: set[subprocess.Popen[bytes]] = set()
 
 
 def commands(
@@ -55,9 +58,12 @@ def run(output: Path, command: list[str]) -> bool:
     """Run one command; whether it went well."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.with_name(f"{output.name}.txt").open("a", encoding="utf-8") as console:
-        done = subprocess.run(command, stdout=console, stderr=subprocess.STDOUT)
-    tqdm.write(f"{output} {'is finished' if done.returncode == 0 else f'failed, see {console.name}'}")
-    return done.returncode == 0
+        process = subprocess.Popen(command, stdout=console, stderr=subprocess.STDOUT)
+        _running.add(process)
+        well = process.wait() == 0
+        _running.discard(process)
+    tqdm.write(f"{output} {'is finished' if well else f'failed, see {console.name}'}")
+    return well
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -101,9 +107,16 @@ def main() -> None:
     if args.print:
         print("\n".join(shlex.join(command) for command in runs.values()))
         return
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit("the sweep was ended, and so are its runs; start it again to go on")
+    )
     with ThreadPoolExecutor(args.jobs) as pool:
-        finished = pool.map(run, runs.keys(), runs.values())
-        done = list(tqdm(finished, total=len(runs), desc="sweep", unit="run", disable=None))
+        try:
+            finished = pool.map(run, runs.keys(), runs.values())
+            done = list(tqdm(finished, total=len(runs), desc="sweep", unit="run", disable=None))
+        finally:
+            for process in list(_running):
+                process.terminate()
     if failed := done.count(False):
         raise SystemExit(f"{failed} of {len(done)} runs failed")
 

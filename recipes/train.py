@@ -32,6 +32,7 @@ import ctypes
 import dataclasses
 import json
 import math
+import os
 import time
 from contextlib import nullcontext, suppress
 from typing import Any, NoReturn
@@ -52,6 +53,7 @@ from run_folder import (
     locked,
     newest_state,
     read_state,
+    record_launch,
     remove_states,
     write_state,
 )
@@ -156,7 +158,6 @@ class Training:
         self.accelerator, self.config, self.recipe = accelerator, config, recipe
         self.images, self.labels = images.to(accelerator.device), labels.to(accelerator.device)
         self.progress = Progress()
-        self._logged: dict[str, float] = {}  # what steps.jsonl has of its sums
         self.launcher = Launcher()
         self.least = max(2, accelerator.num_processes)  # images in a batch
 
@@ -180,9 +181,14 @@ class Training:
         while not self.is_done():
             steps = self.steps()
             self.prepared.train()
-            self._clock, self._logged = time.perf_counter(), progress.sums
+            self._clock = time.perf_counter()
             with self._bar(len(steps)) as bar:
                 while progress.step < len(steps) and not self.is_done():
+                    if self.launcher.is_gone():
+                        # Of several processes others may be at another step, and cannot be asked.
+                        if self.accelerator.num_processes == 1 and progress.updates:
+                            self.save()
+                        raise SystemExit("accelerate launch was ended, and so is this; --resume goes on")
                     passes = self.passes(len(steps))
                     for group in self.optimizer.param_groups:
                         group["lr"] = self.recipe.learning_rate(passes)
@@ -195,10 +201,6 @@ class Training:
                         bar.set_postfix_str(progress.summary(), refresh=False)
                     if self.config.log_every and progress.step % self.config.log_every == 0:
                         self._log_steps()
-                    if self.launcher.is_gone():
-                        if self.accelerator.num_processes == 1:  # others may be at another step, and cannot be asked
-                            self.save()
-                        raise SystemExit("accelerate launch was ended, and so is this; --resume goes on")
                     every = self.config.save_every
                     if every and progress.step % every == 0 and progress.step < len(steps):
                         self.save()
@@ -235,7 +237,9 @@ class Training:
         accelerator, recipe, progress = self.accelerator, self.recipe, self.progress
         self.optimizer.zero_grad()
         # What is random in a step depends on the run's seed and the step alone.
-        generator = torch.Generator().manual_seed(hash((self.config.seed, progress.epoch, progress.step)) % 2**63)
+        seed = hash((self.config.seed, progress.epoch, progress.step)) % 2**63
+        generator = torch.Generator().manual_seed(seed)
+        torch.manual_seed((seed + accelerator.process_index) % 2**63)  # of a network with dropout
         mine = slice(accelerator.process_index, None, accelerator.num_processes)
         parts = [part for part in indices.split(recipe.batch_size) if len(part) >= self.least]
         count = sum(len(part) for part in parts)
@@ -307,8 +311,8 @@ class Training:
         if not self.accelerator.is_main_process:
             return
         progress, sums = self.progress, self.progress.sums
-        loss, correct, images = (sums[key] - self._logged.get(key, 0.0) for key in ("loss", "correct", "images"))
-        self._logged = sums
+        loss, correct, images = (sums[key] - progress.logged.get(key, 0.0) for key in ("loss", "correct", "images"))
+        progress.logged = sums
         line = {"epoch": progress.epoch, "step": progress.step, "seconds": round(progress.seconds, 1)}
         line |= {"train_loss": round(loss / images, 5), "train_top1": round(100 * correct / images, 3)}
         with (self.config.output / "steps.jsonl").open("a", encoding="utf-8") as file:
@@ -323,6 +327,8 @@ class Training:
                 line["largest_singular_value"] = round(torch.linalg.matrix_norm(dense[0].weight, 2).item(), 4)
         with (self.config.output / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # no state has the last line
         flat = {"loss": line["train_loss"], "accuracy": line["train_top1"], "lr": rate, **line["evaluations"]}
         self.accelerator.log(flat, step=self.progress.epoch)
         tqdm.write(f"epoch {line['epoch']}: {self.progress.summary()}, {line['seconds']} s")
@@ -341,7 +347,7 @@ class Training:
             self._refuse_to_go_on(str(error))
         mine = progress.sums
         progress.sums = sum_over_processes(self.accelerator, mine)
-        self._logged = {key: progress.sums[key] - (mine[key] - self._logged.get(key, 0.0)) for key in mine}
+        progress.logged = {key: progress.sums[key] - (mine[key] - progress.logged.get(key, 0.0)) for key in mine}
         if self.accelerator.is_main_process:
             name = f"epoch-{progress.epoch:04}-step-{progress.step:06}"
             write_state(self.config.output, name, self._tensors(), progress.state_dict())
@@ -418,6 +424,7 @@ class Training:
 def settings_of(config: Config, recipe: Recipe, accelerator: Accelerator, images: int) -> dict[str, Any]:
     """What run.json says: all that the result depends on, and who computed it."""
     return {
+        "module": config.module,
         "model": config.model,
         "tag": config.recipe,
         "channels": config.channels and list(config.channels),
@@ -459,8 +466,10 @@ def keep_memory() -> None:
     """Let glibc, if it is that, keep the memory of large tensors; without, page faults take a sixth of a step."""
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
-        for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            libc.mallopt(parameter, 2**30)
+        trim, mmap = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+        if not libc.mallopt(mmap, 2**30):
+            libc.mallopt(mmap, 2**25)  # the most that glibc before 2.35 takes
+        libc.mallopt(trim, 2**30)
 
 
 def main() -> None:
@@ -495,8 +504,8 @@ def main() -> None:
             if config.report_to:
                 accelerator.init_trackers("tensorboard")
             accelerator.wait_for_everyone()
-            if accelerator.is_main_process and not (output / "run.json").exists():
-                replace_file(output / "run.json", json.dumps(settings, indent=1) + "\n")
+            if accelerator.is_main_process:
+                record_launch(output / "run.json", settings)
             accelerator.print(
                 f"{config.model} on {len(images)} of the {config.variant.dataset.sizes['train']} training images, "
                 f"{accelerator.num_processes} x {accelerator.device}: {recipe}"

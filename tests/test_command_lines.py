@@ -79,6 +79,7 @@ TRAIN = [
     ("--channels 0", "argument --channels: must be above 0 and below 65536, got 0"),
     ("--channels 8 16", f"no {NAME}: structure 'l' takes one width, got (8, 16)"),
     ("--nonsense", "unrecognized arguments: --nonsense"),
+    ("--see 3", "unrecognized arguments: --see 3"),  # no short for --seed, which a sweep would not know
 ]
 
 
@@ -134,6 +135,7 @@ EVALUATE = [
     ("--model @", "unknown model '@'; the zoo has "),
     ("--model hf-hub:", "no model 'hf-hub:': "),
     ("--model local-dir:/no/such/folder", "no model 'local-dir:/no/such/folder': "),
+    ("--model local-dir:FOLDER", "is not of this zoo, whose models this measures: "),
     (f"--model {NAME} --batch-size 0", "--batch-size must be above 0"),
     (
         "--model pcdeq1_mc_tanh_svhn.zoo",
@@ -158,6 +160,7 @@ def test_evaluate(tmp_path, refuse, arguments: str, message: str):
     (tmp_path / "theirs.csv").write_text("a document")
     (tmp_path / "link.csv").symlink_to(tmp_path / "theirs.csv")
     (tmp_path / "folder.csv").mkdir()
+    (tmp_path / "config.json").write_text('{"architecture": "resnet18", "pretrained_cfg": {"num_classes": 10}}')
     line = refuse(evaluate.main, arguments.replace("FOLDER", str(tmp_path)))
     one_line_only(line)
     assert message in line

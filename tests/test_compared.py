@@ -291,6 +291,11 @@ def test_the_recipes_train_a_network_that_solves_nothing(tmp_path, monkeypatch):
     (row,) = csv.DictReader((run / "results.csv").read_text().splitlines())
     assert (row["evals_mean"], row["evals_max"], row["bound_max"], row["tol"]) == ("", "", "", "")
     assert float(row["top1"]) > 50
+    measured = (run / "results.csv").read_bytes()
+    (run / "results.csv").unlink()
+    again = subprocess.run([sys.executable, "recipes/evaluate.py", f"--run={run}"], cwd=ROOT, capture_output=True)
+    assert again.returncode == 0, again.stderr
+    assert (run / "results.csv").read_bytes() == measured
 
 
 def test_a_module_that_is_none(refuse):
@@ -330,7 +335,7 @@ def test_a_harness_says_what_broke_down_and_takes_the_rest(tmp_path, monkeypatch
     assert table.splitlines()[2].endswith("| 1 |")
 
     said = "no data: no data folder nowhere"  # which is not held against the system
-    with pytest.raises(SystemExit, match=r"time-published-0\.003 ended, start this again to go on: no data: no data folder nowhere"):
+    with pytest.raises(SystemExit, match=rf"time-published-0\.003 ended, start this again to go on: {said}$"):
         harness.train(variant, "time", Candidate("published", 0.003))
     assert harness.collect(variant)["failed_runs"] == found["failed_runs"]
 

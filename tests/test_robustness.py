@@ -195,7 +195,7 @@ def test_bounds_hold_where_rounding_is_all_there_is():
     x = torch.randn(8, 400) * 100
     box = Box(x, x)
     for part in module:
-        box = interval(part, box)
+        box = interval(part, box, PROVEN)
     y = exact(module, x[:, None])
     holds(box, y)
     assert ((box.upper - box.lower) < 1e-2 * y[:, 0].abs().amax()).all()
@@ -209,7 +209,7 @@ def test_convolutions_by_other_algorithms_are_off_where_rounding_counts():
     torch._C._set_mkldnn_enabled(False)
     try:
         with torch.no_grad(), full_precision(x.device):
-            outputs = interval(module, Box(x, x))
+            outputs = interval(module, Box(x, x), PROVEN)
     finally:
         torch._C._set_mkldnn_enabled(True)
     holds(outputs, exact(module, x[:, None]))
@@ -551,6 +551,31 @@ def test_a_module_that_computes_something_else_is_refused(module: nn.Module):
         interval_bounds(nn.Sequential(), torch.rand(1, 1, 2, 2), 0.1)
 
 
+class OfAbsoluteWeight(nn.Linear):
+    """A subclass of a common module, that computes something else, with bounds of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.abs(), self.bias)
+
+    def hull(self, lower: Tensor, upper: Tensor, solver: Solver | None = None) -> tuple[Tensor, Tensor]:
+        return self(lower), self(upper)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_hull_of_its_own_is_taken_whatever_the_module_is_a_subclass_of(method: str):
+    model = nn.Sequential(nn.Flatten(), OfAbsoluteWeight(4, 4), nn.Linear(4, 2)).eval()
+    with torch.no_grad():
+        model[1].weight.copy_(-torch.eye(4))  # computes the identity
+        model[1].bias.zero_()
+        model[2].weight.copy_(torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 0]]))
+        model[2].bias.copy_(torch.tensor([-0.5, 0.0]))
+    x = torch.full((1, 1, 2, 2), 0.55)
+    for eps, label, proven in ((0.04, 0, True), (0.06, 0, False), (0.04, 1, False)):
+        assert certify(model, x, torch.tensor([label]), eps, method=method).certified.item() == proven
+    with pytest.raises(TypeError, match=r"a classifier must end in nn\.Linear"):
+        certify(nn.Sequential(nn.Flatten(), OfAbsoluteWeight(4, 2)).eval(), x, torch.tensor([0]), 0.1, method=method)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_module_that_is_used_twice_counts_twice(method: str):
     relu = nn.ReLU(inplace=True)
@@ -587,7 +612,7 @@ def test_softplus_is_bounded_where_the_library_has_it_jump_and_round():
         (nn.Softplus(), torch.float64),
     ):
         x = torch.cat([torch.linspace(-25, 25, 40_001), torch.linspace(19.9, 20.1, 2001)]).to(dtype) / module.beta
-        outputs = interval(module, Box(x, x))
+        outputs = interval(module, Box(x, x), PROVEN)
         y = torch.logaddexp(module.beta * x.double(), torch.zeros(())) / module.beta
         assert ((outputs.lower <= y) & (y <= outputs.upper)).all()
 
@@ -618,7 +643,7 @@ def test_a_box_of_ones_own(digits):
 def test_an_attack_stays_in_the_ball_and_leaves_no_trace(digits):
     model, (x, y) = net(), digits
     with torch.inference_mode():
-        attacked = pgd(model, x, y, 0.05, steps=5, restarts=2)
+        attacked = pgd(model, x, y.clone(), 0.05, steps=5, restarts=2)
         assert certify(model, x, y, 0.02).certified.any()
     assert not attacked.requires_grad
     assert ((attacked.double() - x.double()).abs() <= 0.05).all()

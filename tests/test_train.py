@@ -158,14 +158,31 @@ def test_a_launcher_that_is_ended_ends_its_training(tmp_path):
         assert process.poll() is None
         time.sleep(0.01)
     (training,) = psutil.Process(process.pid).children(recursive=True)
-    process.terminate()
-    process.wait()
+    process.terminate()  # and not waited for, so that it stays as a zombie
     _, alive = psutil.wait_procs([training], timeout=60)
     for survivor in alive:
         survivor.kill()
+    process.wait()
     assert not alive
     assert list(run.glob("state/epoch-*"))
     assert not (run / "model.safetensors").exists()
+
+
+def test_a_run_goes_on_wherever_its_launcher_was_ended(run: Path, tmp_path, monkeypatch, here, refuse):
+    """After the last step of an epoch, too; and run.json says by which commits it was trained."""
+    other, flags = tmp_path / "other", f"{SHORT.partition(' ')[2]} --output {tmp_path / 'other'} --resume"
+    for done in (0, 1, 9, 3):  # more steps, of ten per epoch: the third time ends with the first epoch
+        with monkeypatch.context() as patch:
+            asked = iter(range(1000))
+            patch.setattr("train.Launcher.is_gone", lambda _, done=done, asked=asked: next(asked) == done)
+            said = refuse(train.main, flags)
+        assert said == "accelerate launch was ended, and so is this; --resume goes on"
+    settings = json.loads((other / "run.json").read_text())
+    (other / "run.json").write_text(json.dumps({**settings, "commit": "0123456789ab"}))
+    here(train.main, flags)
+    assert sha256(other / "model.safetensors") == sha256(run / "model.safetensors")
+    assert json.loads((other / "run.json").read_text())["commit"] == f"0123456789ab; {settings['commit']}"
+    assert row_of(other).row["commit"] == f"0123456789ab; {settings['commit']}"
 
 
 def test_killed_before_the_first_state(run: Path, tmp_path, here):

@@ -125,16 +125,14 @@ def _add_row(path: Path, runs: list[Checkpoint], run: Checkpoint) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of train.py")
-    names = []
     for folder in parser.parse_args().runs:
-        names.append(ship(folder))
-        print(f"recorded {folder}, {names[-1]}")
-    stored = safetensors.torch.load_file(LOGITS)
-    logits = {
-        name: example_logits(checkpoint) if name in names else stored[name]
-        for name, checkpoint in checkpoints().items()
-    }
-    replace_file(LOGITS, safetensors.torch.save(logits))
+        name = ship(folder)
+        logits = safetensors.torch.load_file(LOGITS)
+        for shipped, checkpoint in checkpoints().items():
+            if shipped == name or shipped not in logits:
+                logits[shipped] = example_logits(checkpoint)
+        replace_file(LOGITS, safetensors.torch.save({shipped: logits[shipped] for shipped in checkpoints()}))
+        print(f"recorded {folder}, {name}")
 
 
 if __name__ == "__main__":

@@ -104,7 +104,8 @@ class TestComparison:
     @pytest.fixture(autouse=True)
     def _found(self, tmp_path, monkeypatch) -> None:
         """As if MNIST had been compared."""
-        ours = {"top1": 99.0, "epochs": 8.0, "images": 1000, "unconverged": 2, "curve": [[30.0, 90.0], [60.0, 95.0]]}
+        ours = {"top1": 99.0, "epochs": 8.0, "recipe": "zoo", "lr": 0.012, "updates": 3752, "train_s": 0.0345}
+        ours |= {"solves": 4000, "unconverged": 2, "curve": [[30.0, 90.0], [60.0, 95.0]]}
         systems = {"pcdeq1_mc_relu6_mnist": ours, "node_mnist": {"top1": 95.5, "failed_runs": ["underflow"]}}
         found = {"mnist": {"minutes": 12.0, "machine": {}, "systems": systems}}
         (tmp_path / "compared.json").write_text(json.dumps(found))
@@ -128,7 +129,8 @@ class TestComparison:
 
     def test_all_that_was_measured(self):
         lines = report.compared("mnist").splitlines()
-        assert "| pcDEQ-1-MC-ReLU6 | 41,278 | 99.3 | 99.00 | 8.0 | – | – | – | – | – | – | 2.0 | – | 0 |" in lines
+        row = "| pcDEQ-1-MC-ReLU6 | 41,278 | 99.3 | 99.00 | `zoo` | 0.012 | 3,752 | 8.0 "
+        assert f"{row}| – | – | – | 0.5 | 34.5 | – | – | 0 |" in lines
         assert any(line.startswith("| NODE | 85,316 | 96.4 | 95.50 |") and line.endswith("| 1 |") for line in lines)
 
     def test_a_figure(self, tmp_path):

@@ -17,6 +17,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import sweep
 import timm
 import torch
 import train
@@ -326,9 +327,8 @@ def test_augmentation_crops_and_flips_each_image_by_itself(padding, flip):
     assert len(set(found)) > len(crops) * 0.7
 
 
-def test_sweep(tmp_path):
-    arguments = [sys.executable, str(ROOT / "recipes" / "sweep.py"), "pcdeq*_l_[ts]*_mnist", "--seeds", "0", "1"]
-    printed = subprocess.run([*arguments, "--print"], capture_output=True, text=True, check=True).stdout.splitlines()
+def test_sweep(tmp_path, here):
+    printed = here(sweep.main, "pcdeq*_l_[ts]*_mnist --seeds 0 1 --print").splitlines()
     assert len(printed) == 6  # tanh, softsign, sigmoid
     assert all("--resume" in line and "--seed=" in line for line in printed)
 
@@ -347,3 +347,20 @@ def test_sweep(tmp_path):
     assert "1 of 2 runs failed" in done.stderr
     assert "softsign_mnist.zoo.seed0 is finished" in done.stdout
     assert "other settings: hold_out 100 there, None here" in other.with_name(f"{other.name}.txt").read_text()
+
+
+def test_a_sweep_that_is_ended_ends_its_runs(tmp_path):
+    arguments = [sys.executable, str(ROOT / "recipes" / "sweep.py"), "pcdeq1_l_tanh_mnist", "--jobs", "1", "--"]
+    arguments += ["--data", "sample", "--epochs", "200"]
+    sweeping = subprocess.Popen(arguments, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "runs" / "pcdeq1_l_tanh_mnist.zoo.seed0" / "log.jsonl").exists():
+        assert sweeping.poll() is None
+        time.sleep(0.01)
+    family = psutil.Process(sweeping.pid).children(recursive=True)
+    assert len(family) == 2  # the launcher and what it launched
+    sweeping.terminate()
+    assert "the sweep was ended, and so are its runs; start it again to go on" in sweeping.communicate()[1]
+    _, alive = psutil.wait_procs(family, timeout=60)
+    for survivor in alive:
+        survivor.kill()
+    assert not alive

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import os
+from decimal import ROUND_CEILING, Context
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from pcdeq_zoo.data import as_digit, load, normalize
 from pcdeq_zoo.weights import checkpoints
 
 SAMPLES = Path(__file__).parent / "samples"
+_UPWARDS = Context(prec=2, rounding=ROUND_CEILING)  # a bound that is rounded to the nearest may be none
 LARGEST_EPS = 0.5
 HALVINGS = 9
 
@@ -114,10 +117,13 @@ def classify(name: str, picture: Image.Image) -> tuple[dict[str, float], Image.I
     label = int(probabilities.argmax())
     told = [f"A **{dataset.classes[label]}**, from a picture of {remark}.", ""]
     told += ["| Layer | Evaluations of W | Proven relative error of every unit |", "|---|--:|--:|"]
-    told += [f"| {s.layer.removeprefix('features.')} | {s.evaluations.item()} | {s.bound.item():.1e} |" for s in solves]
+    for s in solves:
+        bound = _UPWARDS.create_decimal(s.bound.item())
+        told += [f"| {s.layer.removeprefix('features.')} | {s.evaluations.item()} | {bound:.1e} |"]
     eps = largest_eps(model, x, label)
     if eps:
-        told += ["", f"Every pixel may change by ±{eps:.3f} of [0, 1], and the label is proven to stay."]
+        shown = math.floor(1000 * eps) / 1000
+        told += ["", f"Every pixel may change by ±{shown:.3f} of [0, 1], and the label is proven to stay."]
     else:
         least = LARGEST_EPS / 2**HALVINGS
         told += ["", f"For changes of ±{least:.3f} of [0, 1] or more nothing is proven of the label."]

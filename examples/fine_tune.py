@@ -47,7 +47,7 @@ with tempfile.TemporaryDirectory() as drawn:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6)
     for epoch in range(1, 7):
         model.train()
-        for images, labels in DataLoader(training, batch_size=32, shuffle=True, drop_last=True):
+        for images, labels in DataLoader(training, batch_size=32, shuffle=True, drop_last=len(training) > 32):
             loss = F.cross_entropy(model(images), labels)
             optimizer.zero_grad()
             loss.backward()

@@ -20,7 +20,7 @@ for path in pictures or [None]:
     try:
         picture = Image.open(path) if path else Image.fromarray(load(MNIST, "test", "sample")[0][0, 0].numpy())
         pixels, told = as_digit(picture)
-    except (OSError, DataError) as error:
+    except (OSError, DataError, Image.DecompressionBombError) as error:
         raise SystemExit(f"{path or 'the sample'}: {error}") from error
     print(f"{told}; what the net saw:")
     for row in pixels[0, 4:24:2].tolist():

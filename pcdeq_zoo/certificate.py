@@ -146,7 +146,7 @@ class Enclosure(NamedTuple):
 
 @torch.no_grad()
 def enclosure(layer: PcDEQLinear | PcDEQConv2d, x: Tensor, *, tol: float = 1e-9, max_evals: int = 1000) -> Enclosure:
-    """Rigorous bounds of a layer's equilibrium for its weights and input as stored, computed in float64.
+    """Rigorous bounds of a layer's equilibrium, for W as the layer computes it and its input, computed in float64.
 
     Iterates from below and from above (fact 1 of docs/certificate.md), each rounded outwards by the worst case error,
     until they are `tol` apart, relative, in every unit. However early it stops, the bounds hold.

@@ -148,7 +148,8 @@ def as_digit(picture: Image) -> tuple[Tensor, str]:
     """A picture of a digit as MNIST has them: white on black, 20 pixels high or wide, its center of mass in the middle.
 
     Args:
-        picture: One digit on a plain ground, dark on light or light on dark, of any size and mode.
+        picture: One digit on a plain ground, dark on light or light on dark, of any size and mode; turned as its EXIF
+            data say.
 
     Returns:
         Pixels (1, 28, 28), uint8, for `normalize`; and what the picture was, in words.
@@ -156,8 +157,9 @@ def as_digit(picture: Image) -> tuple[Tensor, str]:
     Raises:
         DataError: There is nothing in it.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
+    picture, mode = ImageOps.exif_transpose(picture), picture.mode
     light = _luminance(picture)
     ground = np.median(np.concatenate([light[0], light[-1], light[:, 0], light[:, -1]]))
     dark_on_light = bool(ground - light.min() > light.max() - ground)
@@ -175,7 +177,7 @@ def as_digit(picture: Image) -> tuple[Tensor, str]:
     canvas = Image.new("L", (28, 28))
     canvas.paste(cut, (left, top))
     polarity = "dark on light, inverted" if dark_on_light else "light on dark"
-    return torch.from_numpy(np.array(canvas))[None], f"{picture.width}x{picture.height} {picture.mode}, {polarity}"
+    return torch.from_numpy(np.array(canvas))[None], f"{picture.width}x{picture.height} {mode}, {polarity}"
 
 
 def _luminance(picture: Image) -> np.ndarray:

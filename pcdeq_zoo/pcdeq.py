@@ -420,7 +420,7 @@ def _create_pcdeq(variant: Variant, pretrained: bool = False, **kwargs: Any) -> 
     except TypeError as error:  # a key that timm does not know
         raise WeightsError(f"the pretrained_cfg of these weights is none of timm's: {error}") from error
     file = verified_file(cfg, kwargs.get("cache_dir")) if pretrained else None
-    check_config(variant, cfg, kwargs.get("pretrained_model_args") or {}, kwargs if pretrained else {})
+    check_config(variant, cfg, kwargs.get("pretrained_model_args") or {}, kwargs, pretrained)
     if pretrained:
         # What timm loads by. A config that comes with weights says nothing here: another classifier, or format, would
         # leave random tensors in the net.

@@ -53,6 +53,8 @@ def write_folder(checkpoint: Checkpoint, repository: str, tag: str, folder: Path
     """
     if not checkpoint.file.is_file() or sha256(checkpoint.file) != checkpoint.row["sha256"]:
         raise PublishError(f"{checkpoint.file} is missing or not the file of its results row; install pcdeq_zoo again")
+    if not checkpoint.log.is_file():
+        raise PublishError(f"{checkpoint.log} is missing; install pcdeq_zoo again")
     shutil.copyfile(checkpoint.file, folder / "model.safetensors")
     shutil.copyfile(checkpoint.log, folder / "log.jsonl")
     write_rows(folder / "results.csv", [checkpoint.row])

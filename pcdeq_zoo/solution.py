@@ -88,7 +88,8 @@ class Solution:
     @property
     def lower(self) -> Tensor:
         """Lower bound of every unit of the equilibrium, shape (N, ...); 0 where nothing was proven."""
-        return self.value * (1 - per_sample(self.bound, self.value)).clamp(min=0)
+        bound = per_sample(self.bound, self.value)
+        return torch.where(bound < 1, self.value * (1 - bound), 0.0)
 
     @property
     def upper(self) -> Tensor:
@@ -150,6 +151,7 @@ class _Recording(NamedTuple):
 
 
 _recordings: list[_Recording] = []
+_recordings_lock = threading.Lock()
 
 
 @contextmanager
@@ -166,11 +168,13 @@ def record_solves(model: nn.Module) -> Iterator[list[SolveRecord]]:
     """
     names = {id(module): name for name, module in model.named_modules()}
     recording = _Recording(threading.get_ident(), names, [])
-    _recordings.append(recording)
+    with _recordings_lock:
+        _recordings.append(recording)
     try:
         yield recording.records
     finally:
-        _recordings[:] = [other for other in _recordings if other is not recording]
+        with _recordings_lock:
+            _recordings[:] = [other for other in _recordings if other is not recording]
 
 
 _warned: WeakKeyDictionary[nn.Module, set[tuple[Direction, Status]]] = WeakKeyDictionary()

@@ -151,7 +151,7 @@ class _Outcome:
         status.masked_fill_(self.error <= tol, int(Status.CONVERGED)).masked_fill_(
             self.error.isnan(), int(Status.NON_FINITE)
         )
-        bound = self.error if proven else torch.full_like(self.error, math.inf)
+        bound = self.error.nan_to_num(math.inf, math.inf) if proven else torch.full_like(self.error, math.inf)
         return Solution(value, status, self.evaluations, self.change, bound)
 
 

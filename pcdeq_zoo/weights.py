@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError, HTTPError
+from huggingface_hub.errors import HTTPError
 from safetensors import safe_open
 from timm.models import PretrainedCfg, load_state_dict
 
@@ -207,14 +207,17 @@ def _is_size(value: Any) -> bool:
     return type(value) is int and 0 <= value <= _LARGEST_SIZE
 
 
-def check_config(variant: Variant, cfg: PretrainedCfg, stored: dict[str, Any], asked: dict[str, Any]) -> None:
+def check_config(
+    variant: Variant, cfg: PretrainedCfg, stored: dict[str, Any], asked: dict[str, Any], pretrained: bool
+) -> None:
     """Refuse a config from the Hub or a folder that would give another net than its weights are of, or false solves.
 
     Args:
         variant: The network that its architecture names.
         cfg: Its pretrained config.
         stored: Its model_args.
-        asked: What the caller, or else the config, says the net with these weights is.
+        asked: What the caller, or else the config, says.
+        pretrained: Whether the net is to have its weights, and so to be of the kind that they are of.
 
     Raises:
         WeightsError: One line.
@@ -240,13 +243,21 @@ def check_config(variant: Variant, cfg: PretrainedCfg, stored: dict[str, Any], a
             f"the config of these weights contradicts itself: num_classes {cfg.num_classes}, and "
             f"{stored['num_classes']} in model_args"
         )
-    if not 0 < stored.get("tol", 1e-3) <= _LOOSEST_TOL:
-        raise WeightsError(f"the config of these weights sets tol to {stored['tol']}, wanted at most {_LOOSEST_TOL}")
-    if stored.get("on_failure") == "ignore":
-        raise WeightsError("the config of these weights sets on_failure='ignore'; only its user may")
+    in_force = stored | {key: asked[key] for key in stored if key in asked}
+    tol = in_force.get("tol")
+    if isinstance(tol, int | float) and not 0 < tol <= _LOOSEST_TOL:
+        raise WeightsError(
+            f"the config of these weights sets tol to {tol}, wanted at most {_LOOSEST_TOL}; say tol=1e-3, and set "
+            "model.solver.tol afterwards if you mean it"
+        )
+    if in_force.get("on_failure") == "ignore":
+        raise WeightsError(
+            "the config of these weights sets on_failure='ignore'; say on_failure='warn', and set "
+            "model.solver.on_failure afterwards if you mean it"
+        )
     for key in ("structure", "activation"):
         own = getattr(variant, key)
-        if (value := asked.get(key, own)) != own:
+        if pretrained and (value := asked.get(key, own)) != own:
             raise WeightsError(
                 f"pretrained weights of {variant.name} are of {key}={own!r}, got {value!r}; use pretrained=False, and "
                 "load_state_dict if you mean it"
@@ -378,7 +389,7 @@ def _prefers_hub() -> bool:
 
 def _check_reachable(endpoint: str) -> None:
     """Raise OSError at once where a server cannot be reached: huggingface_hub tries for half a minute first."""
-    if getproxies():
+    if getproxies().keys() - {"no"}:
         return  # and so cannot be asked directly
     address = urlsplit(endpoint)
     port = address.port or {"http": 80}.get(address.scheme, 443)
@@ -396,7 +407,7 @@ def _download(filename: str, cfg: PretrainedCfg, name: str, cache_dir: str | Pat
         if not isinstance(cached, str) and not constants.HF_HUB_OFFLINE:
             _check_reachable(constants.ENDPOINT)
         path = Path(hf_hub_download(repository, filename, revision=revision or None, cache_dir=cache_dir))
-    except (HTTPError, HFValidationError, OSError) as error:
+    except (HTTPError, ValueError, OSError) as error:  # HFValidationError and a bad filename are ValueErrors
         reason = " ".join(str(error).split())
         raise WeightsError(
             f"weights of {name}: no {filename} from the Hub repository {cfg.hf_hub_id}: {reason}"
@@ -407,13 +418,15 @@ def _download(filename: str, cfg: PretrainedCfg, name: str, cache_dir: str | Pat
         wanted = path.readlink().name  # not further: that name may lead to one which is of another hash
     else:  # a cache on a file system without links names its files otherwise
         try:
-            url = hf_hub_url(repository, filename, revision=path.parent.name)
+            url = hf_hub_url(repository, filename, revision=path.parents[filename.count("/")].name)
             wanted = str(get_hf_file_metadata(url).etag)
         except (HTTPError, OSError) as error:
             raise WeightsError(
                 f"weights of {name}: {path} cannot be verified: this cache has no links, so the Hub must be asked for "
                 f"the digest, and cannot be: {' '.join(str(error).split())}"
             ) from error
+    if (size := path.stat().st_size) > _MOST_BYTES:
+        raise WeightsError(f"weights of {name}: {path} has {size} bytes, wanted at most {_MOST_BYTES}")
     content = path.read_bytes()
     if (found := hub_digest(content, wanted)) != wanted:
         raise WeightsError(

@@ -24,6 +24,7 @@ import json
 import math
 import os
 from collections import defaultdict
+from decimal import ROUND_CEILING, Context
 from typing import Any
 
 import timm
@@ -38,6 +39,8 @@ from tqdm import tqdm
 from pcdeq_zoo import VARIANTS, DataError, Dataset, WeightsError, certify, pgd, record_solves
 from pcdeq_zoo.data import load, normalize
 from pcdeq_zoo.weights import RESULT_COLUMNS, checkpoints, sha256, write_rows
+
+_UPWARDS = Context(prec=3, rounding=ROUND_CEILING)  # a bound that is rounded to the nearest may be none
 
 TRAINING_COLUMNS = ("model", "epochs", "seed", "commit", "hardware", "hours")  # of a results row; the rest is measured
 
@@ -89,7 +92,7 @@ def evaluate(
         "evals_mean": round(sum(evaluations.values()) / len(evaluations) / n, 2) if evaluations else None,
         "evals_layers": "/".join(f"{total / n:.2f}" for total in evaluations.values()),
         "evals_max": evaluations_max if evaluations else None,
-        "bound_max": None if bound_max is None else float(f"{bound_max:.2e}"),
+        "bound_max": None if bound_max is None else float(_UPWARDS.create_decimal(bound_max)),
     }
 
 

@@ -189,6 +189,16 @@ def test_bounds_hold_on_the_checkpoints(checkpoint: Checkpoint, tol: float, samp
         assert (upper <= solution.upper.double()).all()
 
 
+@every_layer
+def test_nothing_is_proven_of_an_input_that_is_none(kind: str, activation: str):
+    layer, x = make(kind, activation, dtype=torch.float32, stop="certified", tol=1e-3, on_failure="ignore")
+    x[1].view(-1)[0] = torch.nan
+    solution = layer.solve(x)
+    assert solution.bound.isinf().tolist() == [False, True, False, False]
+    assert (solution.lower[1] == 0).all()
+    assert (solution.upper[1] == torch.inf).all()
+
+
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
 def test_an_exact_evaluation_goes_where_the_rounding_bound_does_not(activation: str, monkeypatch):
     """At a tolerance next to float32's own errors; and without it there is no proof."""

@@ -68,7 +68,7 @@ def own_input_size(value: object):
         (model_args(tol=1e9), "sets tol to 1000000000.0, wanted at most 0.01"),
         (model_args(tol=-1), "sets tol to -1, wanted "),
         (model_args(tol=float("nan")), "sets tol to nan, wanted at most 0.01"),
-        (model_args(on_failure="ignore"), "sets on_failure='ignore'; only its user may"),
+        (model_args(on_failure="ignore"), "sets on_failure='ignore'; say on_failure='warn', and set"),
         (model_args(in_chans=3), r"features.conv1.weight is \(80, 1, 28, 28\), wanted \(80, 3, 28, 28\)"),
         (
             pretrained_cfg(architecture="pcdeq1_l_tanh_mnist"),
@@ -104,7 +104,10 @@ def test_what_a_config_cannot_change(saved: Path, tmp_path: Path, change):
         assert torch.equal(model.state_dict()[name], tensor), name
 
 
-def test_what_the_caller_may_ask(saved: Path):
+def test_what_the_caller_may_ask(saved: Path, tmp_path: Path):
+    loose = changed(saved, tmp_path, model_args(tol=0.05, on_failure="ignore"))
+    model = timm.create_model(loose, pretrained=True, tol=1e-4, on_failure="raise")
+    assert (model.solver.tol, model.solver.on_failure) == (1e-4, "raise")
     state = timm.create_model(NAME, pretrained=True).state_dict()
     model = timm.create_model(f"local-dir:{saved}", pretrained=True, num_classes=3, in_chans=3)
     assert model.num_classes == 3

@@ -82,9 +82,12 @@ def test_a_digit_is_read_whatever_its_polarity_mode_and_size(tmp_path, sample):
         "black on nothing": Image.merge("RGBA", [dark, dark, dark, ink]),
         "white on nothing": Image.merge("RGBA", [light, light, light, ink]),
     }
+    sideways = pictures["inverted"].transpose(Image.Transpose.ROTATE_90)  # as a camera that was turned has it
+    sideways.getexif()[0x0112] = 6
+    pictures["turned"] = sideways
     files = [tmp_path / f"{name}.png" for name in pictures]
     for file, picture in zip(files, pictures.values(), strict=True):
-        picture.save(file)
+        picture.save(file, exif=picture.getexif())
     script = [sys.executable, "-W", "error", ROOT / "examples" / "predict.py"]
     done = subprocess.run([*script, *files], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -94,6 +97,7 @@ def test_a_digit_is_read_whatever_its_polarity_mode_and_size(tmp_path, sample):
         "light on dark",
         "dark on light",
         "light on dark",
+        "dark on light",
     ]
     Image.new("L", (40, 40), 128).save(tmp_path / "empty.png")
     done = subprocess.run([sys.executable, script[-1], tmp_path / "empty.png"], capture_output=True, text=True)

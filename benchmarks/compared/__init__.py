@@ -65,16 +65,7 @@ _NETWORKS = (
     ("node_cifar_large", "NODE*", _CIFAR_PIXELS, "ode", (326, 0), 993_088, 59.9, _ODE),
     ("anode_cifar_large", "ANODE*", _CIFAR_PIXELS, "ode", (309, 10), 1_004_227, 73.4, _ODE),
     ("mondeq_sc_cifar_large", "monDEQ-SC*", _CIFAR, "sc", (200,), 853_612, 82.0, _SC_LARGE),
-    (
-        "mondeq_mt_cifar_large",
-        "monDEQ-MT*",
-        _CIFAR,
-        "mt",
-        (64, 128, 128),
-        1_014_546,
-        89.0,
-        _MT_LARGE,
-    ),
+    ("mondeq_mt_cifar_large", "monDEQ-MT*", _CIFAR, "mt", (64, 128, 128), 1_014_546, 89.0, _MT_LARGE),
 )
 
 

@@ -340,13 +340,12 @@ def _fetch(cfg: PretrainedCfg, source: _Source, cache_dir: str | Path | None) ->
     """Weights from the Hub or its cache, and the config where timm would read it."""
     if cfg.source == "hf-hub":
         _download("config.json", cfg, source.name, cache_dir, verify=True)
-    filename = cfg.hf_hub_filename or "model.safetensors"
-    path = _download(filename, cfg, source.name, cache_dir, verify=source.expected is None)
-    if path.suffix != ".safetensors":
+    filename = str(cfg.hf_hub_filename or "model.safetensors")
+    if not filename.endswith(".safetensors"):
         raise WeightsError(
-            f"weights of {source.name}: {path.name} of {cfg.hf_hub_id} is no safetensors file, and may run code"
+            f"weights of {source.name}: {filename} of {cfg.hf_hub_id} is no safetensors file, and may run code"
         )
-    return path
+    return _download(filename, cfg, source.name, cache_dir, verify=source.expected is None)
 
 
 def _verify(path: Path, source: _Source) -> None:

@@ -1,12 +1,12 @@
 """pcDEQ beside the systems that the paper compares with: trained for equal time on the same cores, by the same loop.
 
-    python -m benchmarks.compare --jobs 2                all of it: about seven hours on two cores
+    python -m benchmarks.compare --jobs 2                all of it: an estimated seven hours on two cores
     python -m benchmarks.compare '*_mnist' --jobs 2      the systems of MNIST
     python -m benchmarks.compare mondeq_l_mnist --share 0.1 --runs runs/try    a tenth of the time, to try it
 
 Every run is one of recipes/train.py, with one thread: started again, what is finished is left alone, and what was
-killed goes on. Then every system is timed, with nothing else running, and the tables are printed. Of a data set all of
-whose systems had their full time they are written, too, to benchmarks/compared.json; `python -m tools.report` then
+killed goes on. Then every system is timed, with nothing else running, and the tables are printed. Of a data set whose
+systems were all run, with --share 1, they are written, too, to benchmarks/compared.json; `python -m tools.report` then
 brings the documents up to date.
 
 Time of a run: 12 minutes for MNIST and the first 4,434 digits of SVHN, 25 for CIFAR-10. All schedules are stretched
@@ -127,10 +127,9 @@ class Harness:
     def system(self, variant: Variant) -> None:
         """All runs of a system."""
         minutes = MINUTES[variant.dataset.name] * self.share
-        choice = candidates(variant)
-        if len(choice) > 1:
+        if variant.name not in OURS:
             trial = [f"--hold-out={HELD_OUT[variant.dataset.name]}", f"--minutes={minutes * TRIAL_SHARE:g}"]
-            for candidate in choice:
+            for candidate in candidates(variant):
                 self.train(variant, "trial", candidate, *trial)
         for candidate in self.by_merit(variant):  # the next one only where training with the best breaks down
             self.train(variant, "time", candidate, f"--minutes={minutes:g}")
@@ -146,8 +145,8 @@ class Harness:
 
     def by_merit(self, variant: Variant) -> list[Candidate]:
         """Candidates, the best first; without those that failed."""
-        if len(only := candidates(variant)) == 1:
-            return only
+        if variant.name in OURS:
+            return candidates(variant)
         found = {candidate: top1 for candidate, top1 in self.trials(variant).items() if top1 is not None}
         return sorted(found, key=lambda candidate: -found[candidate])
 
@@ -159,7 +158,7 @@ class Harness:
     def collect(self, variant: Variant) -> dict[str, Any]:
         """What the runs of a system gave."""
         found: dict[str, Any] = {"parameters": variant.parameters}
-        if len(candidates(variant)) > 1:
+        if variant.name not in OURS:
             found["trials"] = {str(candidate): top1 for candidate, top1 in self.trials(variant).items()}
         failures = [path.read_text("utf-8").strip() for path in self.runs.glob(f"{variant.name}.*.failed")]
         found["failed_runs"] = failures
@@ -211,8 +210,8 @@ def result(path: Path) -> dict[str, str] | None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """What a log of a run says; nothing if there is none."""
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+    """What a log of a run says."""
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 def curve(steps: list[dict[str, Any]], seconds: float) -> list[tuple[float, float]]:

@@ -11,7 +11,6 @@ import argparse
 import functools
 import math
 import os
-from decimal import ROUND_CEILING, Context
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,11 @@ from PIL import Image
 from torch import Tensor
 
 from pcdeq_zoo import DataError, Dataset, PcDEQ, certify, record_solves
+from pcdeq_zoo.certificate import rounded_up
 from pcdeq_zoo.data import as_digit, load, normalize
 from pcdeq_zoo.weights import checkpoints
 
 SAMPLES = Path(__file__).parent / "samples"
-_UPWARDS = Context(prec=2, rounding=ROUND_CEILING)  # a bound that is rounded to the nearest may be none
 LARGEST_EPS = 0.5
 HALVINGS = 9
 
@@ -118,7 +117,7 @@ def classify(name: str, picture: Image.Image) -> tuple[dict[str, float], Image.I
     told = [f"A **{dataset.classes[label]}**, from a picture of {remark}.", ""]
     told += ["| Layer | Evaluations of W | Proven relative error of every unit |", "|---|--:|--:|"]
     for s in solves:
-        bound = _UPWARDS.create_decimal(s.bound.item())
+        bound = rounded_up(s.bound.item(), 2)
         told += [f"| {s.layer.removeprefix('features.')} | {s.evaluations.item()} | {bound:.1e} |"]
     eps = largest_eps(model, x, label)
     if eps:

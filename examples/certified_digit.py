@@ -7,6 +7,7 @@ import timm
 import torch
 
 from pcdeq_zoo import VARIANTS, enclosure
+from pcdeq_zoo.certificate import rounded_up
 from pcdeq_zoo.data import load, normalize
 
 NAME = "pcdeq1_mc_relu6_mnist"
@@ -26,8 +27,9 @@ for name, layer in model.features.named_children():
             solution = layer.solve(x)
             lower, upper = enclosure(layer, x, tol=1e-9)
         error = ((solution.value.double() - lower).abs() / lower.clamp(min=1e-30)).max().item()
+        bound = rounded_up(solution.bound.item(), 2)
         print(
-            f"{name}: {solution.evaluations.item()} evaluations, every unit proven within {solution.bound.item():.1e} "
+            f"{name}: {solution.evaluations.item()} evaluations, every unit proven within {bound:.1e} "
             f"of its equilibrium; in fact within {error:.1e}"
         )
     with torch.no_grad():

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pcdeq_zoo import DATASETS, PcDEQConv2d, PcDEQLinear, Solver, record_solves
+from pcdeq_zoo.certificate import rounded_up
 from pcdeq_zoo.data import load, normalize
 
 MNIST = DATASETS["mnist"]
@@ -46,5 +47,5 @@ with torch.no_grad(), record_solves(net) as solves:
     accuracy = (net(normalize(images, MNIST)).argmax(1) == labels).float().mean().item()
 print(f"accuracy {100 * accuracy:.1f} % on {len(labels)} test images")
 for solve in solves:
-    evaluations, bound = solve.evaluations.float().mean().item(), solve.bound.max().item()
+    evaluations, bound = solve.evaluations.float().mean().item(), rounded_up(solve.bound.max().item(), 2)
     print(f"layer {solve.layer}: {evaluations:.1f} evaluations of W on average, proven error at most {bound:.1e}")

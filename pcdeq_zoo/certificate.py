@@ -13,6 +13,7 @@ A witness is made from any z near z*, with a b a little below it.
 from __future__ import annotations
 
 import math
+from decimal import ROUND_CEILING, Context
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from pcdeq_zoo.operators import REDUCED_BOUND, full_precision
 if TYPE_CHECKING:
     from pcdeq_zoo.layers import PcDEQConv2d, PcDEQLinear
 
-__all__ = ["Enclosure", "Witness", "enclosure", "error_bound", "find_witness", "rounding_error"]
+__all__ = ["Enclosure", "Witness", "enclosure", "error_bound", "find_witness", "rounded_up", "rounding_error"]
 
 # Slopes are taken at arguments smaller by this share, so that b may lie so much lower than z.
 _MARGIN = 0.03
@@ -135,6 +136,11 @@ def error_bound(map_: EquilibriumMap, pair: Pair, witness: Witness, tol: float) 
         error = error / (1 - rate[rows])
         bound[rows] = error.to(bound.dtype) + 4 * torch.finfo(bound.dtype).eps  # of `lower` and `upper`
     return bound
+
+
+def rounded_up(bound: float, digits: int) -> float:
+    """The least number of so many digits that is not below a proven bound, to be shown: the nearest may be none."""
+    return float(Context(prec=digits, rounding=ROUND_CEILING).create_decimal(repr(bound)))
 
 
 class Enclosure(NamedTuple):

@@ -24,7 +24,6 @@ import json
 import math
 import os
 from collections import defaultdict
-from decimal import ROUND_CEILING, Context
 from typing import Any
 
 import timm
@@ -37,10 +36,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pcdeq_zoo import VARIANTS, DataError, Dataset, WeightsError, certify, pgd, record_solves
+from pcdeq_zoo.certificate import rounded_up
 from pcdeq_zoo.data import load, normalize
 from pcdeq_zoo.weights import RESULT_COLUMNS, checkpoints, sha256, write_rows
-
-_UPWARDS = Context(prec=3, rounding=ROUND_CEILING)  # a bound that is rounded to the nearest may be none
 
 TRAINING_COLUMNS = ("model", "epochs", "seed", "commit", "hardware", "hours")  # of a results row; the rest is measured
 
@@ -92,7 +90,7 @@ def evaluate(
         "evals_mean": round(sum(evaluations.values()) / len(evaluations) / n, 2) if evaluations else None,
         "evals_layers": "/".join(f"{total / n:.2f}" for total in evaluations.values()),
         "evals_max": evaluations_max if evaluations else None,
-        "bound_max": None if bound_max is None else float(_UPWARDS.create_decimal(bound_max)),
+        "bound_max": None if bound_max is None else rounded_up(bound_max, 3),
     }
 
 
@@ -155,8 +153,8 @@ def measure_run(
     if not (run / "run.json").is_file():
         raise SystemExit(f"{run} is not a run of train.py: it has no run.json")
     settings = read_record(run / "run.json")
-    if module := settings.get("module"):
-        import_module(module)
+    if (module := settings.get("module")) and settings.get("model") not in VARIANTS:
+        raise SystemExit(f"{run} is of a network of {module}; say --module {module} to import that")
     try:
         variant, held_out = VARIANTS[settings["model"]], int(settings["hold_out"] or 0)
         log = [json.loads(line) for line in (run / "log.jsonl").read_text("utf-8").splitlines()]
@@ -246,6 +244,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--checkpoint", type=Path, help="a safetensors file, or one of the authors' code; default: the zoo's"
     )
+    parser.add_argument("--module", metavar="MODULE", help="import it first, for a --run of train.py with it")
     parser.add_argument("--data", help="folder, 'sample' or 'hub' (default: below $PCDEQ_ZOO_DATA, else the Hub)")
     parser.add_argument("--batch-size", type=int, default=500)
     parser.add_argument(
@@ -259,6 +258,8 @@ def main() -> None:
     sys.stdout.reconfigure(errors="backslashreplace")
     parser = make_parser()
     args = parser.parse_args()
+    if args.module:
+        import_module(args.module)
     if args.model is not None and not args.model.startswith(("hf-hub:", "local-dir:")):
         name, dot, _ = args.model.partition(".")
         if name not in VARIANTS:

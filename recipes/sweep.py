@@ -115,6 +115,7 @@ def main() -> None:
             finished = pool.map(run, runs.keys(), runs.values())
             done = list(tqdm(finished, total=len(runs), desc="sweep", unit="run", disable=None))
         finally:
+            pool.shutdown(wait=False, cancel_futures=True)
             for process in list(_running):
                 process.terminate()
     if failed := done.count(False):

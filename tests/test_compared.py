@@ -293,9 +293,10 @@ def test_the_recipes_train_a_network_that_solves_nothing(tmp_path, monkeypatch):
     assert float(row["top1"]) > 50
     measured = (run / "results.csv").read_bytes()
     (run / "results.csv").unlink()
-    again = subprocess.run(
-        [sys.executable, "recipes/evaluate.py", f"--run={run}", "--module=mine"], cwd=ROOT, capture_output=True
-    )
+    measure = [sys.executable, "recipes/evaluate.py", f"--run={run}"]
+    unknown = subprocess.run(measure, cwd=ROOT, capture_output=True, text=True)  # nobody's run.json says what to import
+    assert unknown.stderr == f"{run} is of a network of mine; say --module mine to import that\n"
+    again = subprocess.run([*measure, "--module=mine"], cwd=ROOT, capture_output=True)
     assert again.returncode == 0, again.stderr
     assert (run / "results.csv").read_bytes() == measured
 

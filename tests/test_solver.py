@@ -341,6 +341,34 @@ def test_a_record_that_ends_elsewhere_costs_no_other_its_solve(monkeypatch):
     assert (len(one), len(two)) == (1, 1)
 
 
+def test_a_record_that_begins_while_another_ends_is_kept(monkeypatch):
+    """In another thread, after what is left was gathered and before it takes the place of all there were."""
+    layer, counts = PcDEQLinear(2, "tanh"), []
+    began, ended = threading.Event(), threading.Event()
+
+    def work() -> None:
+        with torch.no_grad(), record_solves(layer) as solves:
+            began.set()
+            ended.wait()
+            layer(torch.rand(1, 2))
+        counts.append(len(solves))
+
+    class Recordings(list):
+        def __setitem__(self, *arguments: object) -> None:
+            if not began.is_set():
+                thread.start()
+                began.wait(0.2)  # it cannot, unless nothing keeps it from it
+            super().__setitem__(*arguments)
+
+    thread = threading.Thread(target=work)
+    monkeypatch.setattr("pcdeq_zoo.solution._recordings", Recordings())
+    with record_solves(layer):
+        pass
+    ended.set()
+    thread.join()
+    assert counts == [1]
+
+
 def test_layers_that_are_made_elsewhere_do_not_disturb_an_optimizer():
     """Another thread makes some while the step goes through all there are."""
     layers, over = [PcDEQLinear(1) for _ in range(500)], threading.Event()

@@ -186,6 +186,19 @@ def test_a_run_goes_on_wherever_its_launcher_was_ended(run: Path, tmp_path, monk
     assert row_of(other).row["commit"] == f"0123456789ab; {settings['commit']}"
 
 
+def test_a_resumed_run_drops_what_it_would_have_dropped(tmp_path, monkeypatch, here, refuse):
+    """Of a network with dropout, ended in the middle of an epoch."""
+    monkeypatch.setattr(train, "make_model", lambda config, _: timm.create_model(config.model, drop_rate=0.5))
+    flags = f"{SHORT.partition(' ')[2]} --epochs 1 --output "
+    here(train.main, f"{flags}{tmp_path / 'whole'}")
+    with monkeypatch.context() as patch:
+        asked = iter(range(1000))
+        patch.setattr("train.Launcher.is_gone", lambda _: next(asked) == 4)
+        refuse(train.main, f"{flags}{tmp_path / 'broken'}")
+    assert "resumed from" in here(train.main, f"{flags}{tmp_path / 'broken'} --resume")
+    assert len({sha256(tmp_path / run / "model.safetensors") for run in ("whole", "broken")}) == 1
+
+
 def test_killed_before_the_first_state(run: Path, tmp_path, here):
     """With nothing but what is written before it: run.json, and a line in the log of an epoch without its state."""
     broken = tmp_path / "broken"

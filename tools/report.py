@@ -1,4 +1,4 @@
-"""Bring the tables and figures of the documents up to date with the package, docs/runs and benchmarks/results.json.
+"""Bring the tables and figures of the documents up to date with the package, docs/runs and benchmarks/*.json.
 
     python -m tools.report
 
@@ -34,7 +34,7 @@ from pcdeq_zoo.weights import Checkpoint, checkpoints
 from tools.ship import log_of, runs
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "MODEL_CARD.md", "docs/solver.md", "docs/report.md", "docs/robustness.md")
+DOCUMENTS = ("README.md", "MODEL_CARD.md", "docs/solver.md", "docs/report.md", "docs/robustness.md", "docs/compared.md")
 FIGURES = ROOT / "docs" / "figures"
 
 _NUMBERS = {"mnist": 1, "svhn": 2, "cifar": 3}

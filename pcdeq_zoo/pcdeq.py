@@ -309,10 +309,12 @@ class PcDEQ(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """Features (N, num_features, H', W') of images (N, C, H, W), before the pool."""
         check_images(x, self.in_chans, self.img_size)
+        # Convolutions and pools are several times faster in that order. A copy, because images of one channel pass for
+        # ordered in any way, and then all that follows would be in theirs.
         if torch.jit.is_scripting():
-            x = x.contiguous(memory_format=torch.channels_last)
-        elif not transformed():  # torch.func.vmap knows no memory orders
-            x = x.contiguous(memory_format=torch.channels_last)  # convolutions and pools are several times faster so
+            x = x.clone(memory_format=torch.channels_last)
+        elif not transformed():  # which TorchScript cannot ask
+            x = x.clone(memory_format=torch.channels_last)  # torch.func.vmap knows no memory orders
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint_seq(self.features, x, every=self._stage_length)
         return self.features(x)

@@ -308,8 +308,8 @@ def _margins(
     modules: list[tuple[str, nn.Module]], classifier: nn.Linear, box: Box, labels: Tensor, method: Method
 ) -> tuple[Tensor, Tensor]:
     """Proven margins on a box of images, shape (N, K), float64, and where intervals are enough, shape (N,), bool."""
-    if box.lower.ndim == 4:  # in which convolutions and pools are several times faster
-        box = Box(*(end.contiguous(memory_format=torch.channels_last) for end in box))
+    if box.lower.ndim == 4:  # as in `PcDEQ.forward_features`
+        box = Box(*(end.clone(memory_format=torch.channels_last) for end in box))
     boxes = [box]
     for _, module in modules[:-1]:
         boxes.append(interval(module, boxes[-1], _PROVEN))

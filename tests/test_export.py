@@ -179,7 +179,7 @@ class TestFx:
         _, nodes = get_graph_node_names(model)
         assert "features.deq1" in nodes
         found = create_feature_extractor(model, ["features.deq1", "head.fc"])(x)
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = x.clone(memory_format=torch.channels_last)
         assert torch.equal(found["features.deq1"], model.features[:3](x))
         assert torch.equal(found["head.fc"], model(x))
 

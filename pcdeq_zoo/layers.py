@@ -26,7 +26,7 @@ from pcdeq_zoo.activations import ACTIVATIONS, Activation
 from pcdeq_zoo.compat import is_exporting
 from pcdeq_zoo.export import TraceableLoop
 from pcdeq_zoo.maps import EquilibriumMap, LinearizedMap, per_sample
-from pcdeq_zoo.operators import autocast_to_bfloat16, full_precision, operator
+from pcdeq_zoo.operators import Operator, autocast_to_bfloat16, full_precision, operator
 from pcdeq_zoo.solution import Direction, Solution, Status, announce
 from pcdeq_zoo.solver import Solver
 from pcdeq_zoo.state_dict import OLD_NAMES, WeightsError, check_tensor
@@ -44,9 +44,15 @@ class _Problem(NamedTuple):
     thread: int  # that runs the forward
     autocast: bool  # to bfloat16
 
+    def operator(self, weight: Tensor) -> Operator:
+        """W, in products that are good enough for the solver."""
+        if self.solver.stop == "certified":
+            return operator(weight)
+        return operator(weight, autocast=self.autocast, tol=self.solver.tol)
+
     def map(self, u: Tensor, weight: Tensor) -> EquilibriumMap:
         """Of u, both in the precision of the solve."""
-        w = operator(weight, autocast=self.autocast)
+        w = self.operator(weight)
         return EquilibriumMap(w.arrange(u), w, self.activation)
 
     def equilibrium(self, u: Tensor, weight: Tensor) -> Solution:
@@ -66,7 +72,7 @@ class _Problem(NamedTuple):
     def linearized(self, slopes: Tensor, g: Tensor, weight: Tensor, direction: Direction) -> Tensor:
         """Fixed point of `LinearizedMap` at an equilibrium with these slopes: with Wᵀ "backward", with W else."""
         with full_precision(g.device):
-            w = operator(weight, autocast=self.autocast)
+            w = self.operator(weight)
             map_ = LinearizedMap(w.arrange(slopes), w.arrange(g), w.adjoint() if direction == "backward" else w)
             solution = self.solver.linearized(map_)
         known = solution
@@ -114,7 +120,7 @@ class _Equilibrium(torch.autograd.Function):
         u, z, slopes, weight = ctx.saved_tensors
         a = _Linearized.apply(z, slopes, grad, weight, ctx.problem, "backward")
         with full_precision(z.device):
-            weight_grad = operator(weight).weight_gradient(z, a) if ctx.needs_input_grad[1] else None
+            weight_grad = ctx.problem.operator(weight).weight_gradient(z, a) if ctx.needs_input_grad[1] else None
             return a * ctx.problem.activation.input_derivative(u), weight_grad, None
 
     @staticmethod
@@ -356,9 +362,13 @@ class _PcDEQLayer(TraceableLoop):
 
     @torch.jit.unused
     def fixed_point_map(self, u: Tensor) -> EquilibriumMap:
-        """z ↦ σ(W z + x) for a batch of inputs, as a value that `pcdeq_zoo.solve` takes."""
+        """z ↦ σ(W z + x) for a batch of inputs, as a value that `pcdeq_zoo.solve` takes.
+
+        Its products are good enough to prove something of it, whatever the layer's own solver and autocast say.
+        """
         u = self._prepare(u)
-        return self._problem().map(u, self._normalized_weight().to(u.dtype))
+        w = operator(self._normalized_weight().to(u.dtype))
+        return EquilibriumMap(w.arrange(u), w, ACTIVATIONS[self.activation])
 
     @torch.jit.unused
     @torch.compiler.disable

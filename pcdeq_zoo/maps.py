@@ -232,8 +232,11 @@ class OperatorMap(FixedPointMap):
             yield from (self[samples] for samples in blocks)
 
     def in_full_precision(self) -> OperatorMap:
+        if self.reduced_error is None:
+            return self
+        assert isinstance(self.operator, Convolution)
         full = copy.copy(self)
-        full.reduced_error = None
+        full.operator, full.reduced_error = self.operator.in_full_precision(), None
         return full
 
 

@@ -15,7 +15,9 @@ from torch.nn.grad import conv2d_weight
 from pcdeq_zoo.compat import cpu_capabilities, precision_switches
 
 __all__ = [
+    "COARSE_TOL",
     "REDUCED_BOUND",
+    "CoarseConvolution",
     "Convolution",
     "Dense",
     "Operator",
@@ -32,6 +34,10 @@ _REDUCED_ERROR = 2.0**-10
 # What a reduced product W a is off at most, unit by unit, relative to W |a|: a, W and the sum are each rounded to
 # bfloat16, by at most 2⁻⁸, and what is left of four times that is for the float32 sum.
 REDUCED_BOUND = 2.0**-6
+
+
+# Ten times what products in bfloat16 alone cost a solution: to this tolerance and looser ones no other are needed.
+COARSE_TOL = 1e-2
 
 
 class Dense:
@@ -83,7 +89,7 @@ class Convolution:
 
     Args:
         weight: W.
-        reduced_error: Relative error of `reduced`, 0 if that is not to count; None if there are to be no such products.
+        reduced_error: Relative error of `reduced`; None if there are to be no such products.
     """
 
     def __init__(self, weight: Tensor, reduced_error: float | None = None) -> None:
@@ -110,13 +116,20 @@ class Convolution:
         """W ∗ a change, in bfloat16: half the time of float32 where the machine has such products."""
         return F.conv2d(change.bfloat16(), self._bfloat16, padding=self.padding)
 
+    def _turned(self) -> Tensor:
+        return self.weight.flip(2, 3).transpose(0, 1)
+
     def adjoint(self) -> Convolution:
         """Wᵀ: a same-size stride 1 convolution too, with the kernel turned and the channels swapped."""
-        return Convolution(self.weight.flip(2, 3).transpose(0, 1), self.reduced_error)
+        return Convolution(self._turned(), self.reduced_error)
 
     def double(self) -> Convolution:
         """W in float64."""
         return Convolution(self.weight.double())
+
+    def in_full_precision(self) -> Convolution:
+        """W without reduced products."""
+        return Convolution(self.weight)
 
     def weight_gradient(self, z: Tensor, a: Tensor) -> Tensor:
         """Gradient of ⟨a, W ∗ z⟩ with respect to W."""
@@ -128,22 +141,47 @@ class Convolution:
         return self.weight[0].numel()
 
 
+class CoarseConvolution(Convolution):
+    """A convolution that makes all its products in bfloat16, and counts their error for nothing."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__(weight, reduced_error=0.0)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return self.reduced(z).float()
+
+    def affine(self, z: Tensor, x: Tensor) -> Tensor:
+        return x + self.reduced(z)
+
+    def adjoint(self) -> CoarseConvolution:
+        return CoarseConvolution(self._turned())
+
+    def weight_gradient(self, z: Tensor, a: Tensor) -> Tensor:
+        return super().weight_gradient(z.bfloat16(), a.bfloat16()).float()
+
+
 Operator = Dense | Convolution
 
 
-def operator(weight: Tensor, *, autocast: bool = False) -> Operator:
+def operator(weight: Tensor, *, autocast: bool = False, tol: float = 0.0) -> Operator:
     """The operator of a weight: a matrix (n, n), or kernels (C, C, k, k).
+
+    Products in bfloat16 are made only where the machine has them, and their error counts against the tolerance.
 
     Args:
         weight: W.
-        autocast: Make products in bfloat16 everywhere, and count their error for nothing, as autocast does. Without it
-            they are made so only where the machine has such products, and their error counts against the tolerance.
+        autocast: Make all products so, on any machine, and count their error for nothing, as autocast does.
+        tol: Relative tolerance of what is made from the products, to make all so if it is `COARSE_TOL` or looser; 0 for
+            what is to be proven.
     """
     if weight.ndim == 2:
         return Dense(weight)
-    if weight.dtype != torch.float32 or not (autocast or has_bfloat16_products(weight.device)):
+    if weight.dtype != torch.float32:
         return Convolution(weight)
-    return Convolution(weight, 0.0 if autocast else _REDUCED_ERROR)
+    has_products = has_bfloat16_products(weight.device)
+    if autocast or (has_products and tol >= COARSE_TOL):
+        return CoarseConvolution(weight)
+    return Convolution(weight, _REDUCED_ERROR if has_products else None)
 
 
 @cache

@@ -1,5 +1,7 @@
 """What products and functions are computed in, what that costs, and that nobody has to know."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -68,7 +70,7 @@ def test_sigma_and_its_slope_of_small_and_large_tensors(activation: str, count: 
 
 
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
-@pytest.mark.parametrize("tol", [1e-3, 3e-4, 1e-5])
+@pytest.mark.parametrize("tol", [1e-1, 1e-2, 1e-3, 3e-4, 1e-5])
 @pytest.mark.parametrize("norm", [0.8, 10.0])
 def test_a_solve_is_as_good_as_it_says_in_either_products(hardware: bool, activation: str, tol: float, norm: float):
     layer, x = make("conv", activation, norm, torch.float32, stop="estimated", tol=tol, max_evals=400)
@@ -79,22 +81,52 @@ def test_a_solve_is_as_good_as_it_says_in_either_products(hardware: bool, activa
 
 
 def test_products_are_full_where_they_have_to_be(hardware: bool, full_products: list[int]):
-    """One of each sample to 1e-3, two to 1e-4; without hardware every one."""
+    """None to 1e-2, one of each sample to 1e-3, two to 1e-4; without hardware every one."""
     model = timm.create_model("pcdeq1_mc_relu6_mnist", pretrained=True).eval()
     layer, u = model.features.deq1, model.features[:2](torch.rand(8, 1, 28, 28))
-    for tol, most in ((1e-3, 1), (1e-4, 2)):
+    for tol, most, evaluations in ((1e-2, 0, 4), (1e-3, 1, 8), (1e-4, 2, 8)):
         layer.solver.tol = tol
         full_products.clear()
         solution = layer.solve(u)
         assert solution.converged.all()
-        assert solution.evaluations.min() >= 8
+        assert solution.evaluations.min() >= evaluations
         if hardware:
             assert 8 * most == sum(full_products)
         else:
             assert sum(full_products) >= solution.evaluations.sum()
 
 
-def test_autocast_reduces_all_products_but_the_first(full_products: list[int], monkeypatch):
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+def test_gradients_of_a_loose_solve(hardware: bool, activation: str):
+    """As good as its tolerance, in coarse products or not; that of W is a product of its own."""
+    layer, x = make("conv", activation, 3.0, torch.float32, stop="estimated", tol=1e-2)
+    exact, cotangent = copy.deepcopy(layer).double(), torch.randn_like(x)
+    exact.solver = Solver(1e-10, 1000)
+    found, wanted = (
+        torch.autograd.grad((part(y) * cotangent.to(y.dtype)).sum(), [y, *part.parameters()])
+        for part, y in ((layer, x.clone().requires_grad_()), (exact, x.double().requires_grad_()))
+    )
+    for mine, oracle in zip(found, wanted, strict=True):
+        assert 0 < (mine - oracle).norm() <= 2e-2 * oracle.norm()
+
+
+@pytest.mark.parametrize("stop", ["estimated", "certified"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_nothing_is_proven_from_coarse_products(stop: str, autocast: bool, monkeypatch):
+    """A layer whose own solves make no other gives a map that has full ones, and so do its certified solves."""
+    monkeypatch.setattr("pcdeq_zoo.operators.has_bfloat16_products", lambda device: True)
+    layer, x = make("conv", "tanh", 3.0, torch.float32, stop=stop, tol=0.1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        proven = solve(layer.fixed_point_map(x), stop="certified", tol=1e-4)
+        own = layer.solve(x)
+    exact = truth(layer, x).view_as(x)
+    assert proven.converged.all()
+    for solution in (proven, own) if stop == "certified" else (proven,):
+        off = ((solution.value.double() - exact).abs() / exact).flatten(1).amax(1)
+        assert (off <= solution.bound.double()).all()
+
+
+def test_autocast_reduces_all_products(full_products: list[int], monkeypatch):
     """Whatever the machine has and whatever it costs; and only autocast to bfloat16 does."""
     monkeypatch.setattr("pcdeq_zoo.operators.has_bfloat16_products", lambda device: False)
     layer, x = make("conv", "tanh", 3.0, torch.float32, stop="estimated", tol=1e-5)
@@ -103,19 +135,24 @@ def test_autocast_reduces_all_products_but_the_first(full_products: list[int], m
         with torch.autocast("cpu", dtype=dtype):
             solution = layer.solve(x)
         assert solution.converged.all()
-        assert (sum(full_products) == len(x)) == fewer
+        assert (not full_products) == fewer
 
 
-@pytest.mark.parametrize("broken", [torch.randn_like, lambda z: torch.full_like(z, torch.nan)], ids=["noise", "nan"])
-def test_what_reduced_products_cannot_finish_is_solved_without(broken, monkeypatch):
+def _nan(z: Tensor) -> Tensor:
+    return torch.full_like(z, torch.nan)
+
+
+# Not noise to 1e-2: to so loose a tolerance it may look like convergence.
+@pytest.mark.parametrize(("broken", "tol"), [(torch.randn_like, 1e-5), (_nan, 1e-5), (_nan, 1e-2)])
+def test_what_reduced_products_cannot_finish_is_solved_without(broken, tol: float, monkeypatch):
     monkeypatch.setattr("pcdeq_zoo.operators.has_bfloat16_products", lambda device: True)
-    layer, x = make("conv", "tanh", 3.0, torch.float32, stop="estimated", tol=1e-5)
+    layer, x = make("conv", "tanh", 3.0, torch.float32, stop="estimated", tol=tol)
     whole = layer.solve(x)
     monkeypatch.setattr(Convolution, "reduced", lambda operator, z: broken(z))
     layer.solver.max_evals = 100
     solution = layer.solve(x)
     assert solution.converged.all()
-    assert (relative(solution.value, whole.value.double().flatten(1)) <= 3e-5).all()
+    assert (relative(solution.value, whole.value.double().flatten(1)) <= 3 * tol).all()
     assert (solution.evaluations > whole.evaluations).all()
 
 

@@ -174,6 +174,20 @@ def test_features(name: str):
         model.forward_intermediates(x, output_fmt="NLC")
 
 
+@pytest.mark.parametrize("name", SOME[1:])
+def test_features_are_in_channels_last(name: str):
+    """Those of images of one channel, too, which `contiguous` leaves in the other order."""
+    model = make(name)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    seen: list[bool] = []
+    for norm in norms:
+        norm.register_forward_pre_hook(
+            lambda _, inputs: seen.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+        )
+    model(images(name))
+    assert seen == [True] * len(norms)
+
+
 @some_models
 def test_pruning(name: str):
     model, x = make(name), images(name)

@@ -45,14 +45,12 @@ class _Problem(NamedTuple):
     autocast: bool  # to bfloat16
 
     def operator(self, weight: Tensor) -> Operator:
-        """W, in products that are good enough for the solver."""
-        if self.solver.stop == "certified":
-            return operator(weight)
+        """W, in products that are good enough for `tol`, and to prove nothing."""
         return operator(weight, autocast=self.autocast, tol=self.solver.tol)
 
     def map(self, u: Tensor, weight: Tensor) -> EquilibriumMap:
         """Of u, both in the precision of the solve."""
-        w = self.operator(weight)
+        w = operator(weight) if self.solver.stop == "certified" else self.operator(weight)
         return EquilibriumMap(w.arrange(u), w, self.activation)
 
     def equilibrium(self, u: Tensor, weight: Tensor) -> Solution:
@@ -364,7 +362,7 @@ class _PcDEQLayer(TraceableLoop):
     def fixed_point_map(self, u: Tensor) -> EquilibriumMap:
         """z ↦ σ(W z + x) for a batch of inputs, as a value that `pcdeq_zoo.solve` takes.
 
-        Its products are good enough to prove something of it, whatever the layer's own solver and autocast say.
+        Its products are good enough for proofs, to whatever tolerance the layer itself is solved.
         """
         u = self._prepare(u)
         w = operator(self._normalized_weight().to(u.dtype))

@@ -57,7 +57,7 @@ class Pair:
     Attributes:
         z0, z1, z2: The iterates.
         d1, d2: z₁ − z₀ and z₂ − z₁.
-        p1, p2: Of an `OperatorMap`, z₁ = f(p₁) and z₂ = f(p₂); p₁ is kept only if it is from a full product.
+        p1, p2: Of an `OperatorMap`, z₁ = f(p₁) and z₂ = f(p₂); p₁ is kept only if it is from a product of z₀ itself.
         size1, size2, size: ‖d₁‖₂, ‖d₂‖₂ and ‖z₂‖₂ of each sample, shape (N,); of a `rescaled` pair relative to
             its largest entry.
         moved: How far reduced products have moved z₂ since the last full one: ‖ ‖₂ of the changes they made, added
@@ -163,7 +163,7 @@ class OperatorMap(FixedPointMap):
         x: Shape (N, ...), in the memory order of `operator`.
         operator: A.
         reduced_error: See `FixedPointMap`.
-        starts_full: Whether the first product is a full one.
+        starts_full: Whether the first product is a full one, of an operator that has such.
     """
 
     x: Tensor
@@ -270,7 +270,7 @@ class EquilibriumMap(OperatorMap):
         return z.clamp_(0, self.activation.supremum)
 
     def slopes(self, z: Tensor) -> Tensor:
-        """D = diag σ′(W z + x), from a full product: where p is large, a small share of it is a large one of σ′(p)."""
+        """D = diag σ′(W z + x), not from reduced products: where p is large, a small share of it is much of σ′(p)."""
         return self.activation.derivative(z if self.activation.slope_of_output else self.argument(z))
 
     def __getitem__(self, samples: slice | Tensor) -> EquilibriumMap:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from pcdeq_zoo.compat import cpu_capabilities, precision_switches
+from pcdeq_zoo.transforms import transformed
 
 __all__ = [
     "COARSE_TOL",
@@ -36,7 +37,7 @@ _REDUCED_ERROR = 2.0**-10
 REDUCED_BOUND = 2.0**-6
 
 
-# Ten times what products in bfloat16 alone cost a solution: to this tolerance and looser ones no other are needed.
+# Ten times what products in bfloat16 alone cost a solution: to this tolerance and looser ones it needs no other.
 COARSE_TOL = 1e-2
 
 
@@ -93,7 +94,8 @@ class Convolution:
     """
 
     def __init__(self, weight: Tensor, reduced_error: float | None = None) -> None:
-        self.weight = weight.contiguous(memory_format=torch.channels_last)
+        # torch.func.vmap over weights knows no memory orders.
+        self.weight = weight if transformed() else weight.contiguous(memory_format=torch.channels_last)
         self.padding = weight.shape[-1] // 2
         self.reduced_error = reduced_error
 

@@ -33,7 +33,7 @@ from pcdeq_zoo.pooling import CompactMaxPool2d
 from pcdeq_zoo.solution import OnFailure
 from pcdeq_zoo.solver import Solver, Stop
 from pcdeq_zoo.state_dict import WeightsError, check_state_dict, translated
-from pcdeq_zoo.transforms import transformed
+from pcdeq_zoo.transforms import in_channels_last, transformed
 from pcdeq_zoo.variants import VARIANTS, Variant
 from pcdeq_zoo.weights import Checkpoint, check_config, checkpoints, verified_file
 
@@ -279,6 +279,7 @@ class PcDEQ(nn.Module):
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt must be NCHW, got {output_fmt!r}")
         check_images(x, self.in_chans, self.img_size)
+        x = in_channels_last(x)
         wanted, last = feature_take_indices(len(self.feature_info), indices)
         taps = {info["module"].removeprefix("features."): i for i, info in enumerate(self.feature_info)}
         intermediates = []
@@ -309,12 +310,7 @@ class PcDEQ(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """Features (N, num_features, H', W') of images (N, C, H, W), before the pool."""
         check_images(x, self.in_chans, self.img_size)
-        # Convolutions and pools are several times faster in that order. A copy, because images of one channel pass for
-        # ordered in any way, and then all that follows would be in theirs.
-        if torch.jit.is_scripting():
-            x = x.clone(memory_format=torch.channels_last)
-        elif not transformed():  # which TorchScript cannot ask
-            x = x.clone(memory_format=torch.channels_last)  # torch.func.vmap knows no memory orders
+        x = in_channels_last(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint_seq(self.features, x, every=self._stage_length)
         return self.features(x)

@@ -20,6 +20,7 @@ from pcdeq_zoo.operators import full_precision
 from pcdeq_zoo.pcdeq import PcDEQ, check_images
 from pcdeq_zoo.relaxations import Functional, least, step_back
 from pcdeq_zoo.solver import Solver
+from pcdeq_zoo.transforms import in_channels_last
 
 __all__ = [
     "Box",
@@ -141,7 +142,11 @@ def _near(model: nn.Module, images: Tensor | Box, eps: float | None, clip: bool,
         box = pixel_box(model, images, eps, clip=clip, inner=inner)
     if isinstance(model, PcDEQ):
         check_images(box.lower, model.in_chans, model.img_size)
-    return box
+    return Box(*map(_arranged, box))
+
+
+def _arranged(images: Tensor) -> Tensor:
+    return in_channels_last(images) if images.ndim == 4 else images
 
 
 def _parts(model: nn.Module, like: Tensor) -> list[tuple[str, nn.Module]]:
@@ -232,7 +237,7 @@ def forward_with_margins(
         ValueError, TypeError: As of `interval_bounds`, bad labels, or a dropout in training mode, which would drop
             other units of each bound.
     """
-    box, clean = _near(model, images, eps, clip), images
+    box, clean = _near(model, images, eps, clip), _arranged(images)
     modules = modules_in_order(model)
     classifier = _classifier(modules)
     labels = _labels(labels, len(images), classifier.out_features, images.device)
@@ -308,8 +313,6 @@ def _margins(
     modules: list[tuple[str, nn.Module]], classifier: nn.Linear, box: Box, labels: Tensor, method: Method
 ) -> tuple[Tensor, Tensor]:
     """Proven margins on a box of images, shape (N, K), float64, and where intervals are enough, shape (N,), bool."""
-    if box.lower.ndim == 4:  # as in `PcDEQ.forward_features`
-        box = Box(*(end.clone(memory_format=torch.channels_last) for end in box))
     boxes = [box]
     for _, module in modules[:-1]:
         boxes.append(interval(module, boxes[-1], _PROVEN))

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pcdeq_zoo.certificate import Witness, error_bound, find_witness
 from pcdeq_zoo.maps import EquilibriumMap, FixedPointMap, FunctionMap, Pair, per_sample
-from pcdeq_zoo.operators import full_precision
+from pcdeq_zoo.operators import CoarseConvolution, full_precision
 from pcdeq_zoo.series import aitken_factor, remaining_error
 from pcdeq_zoo.solution import OnFailure, Solution, Status
 
@@ -73,6 +73,7 @@ _LONGEST_ATTEMPT = 10  # to find a better witness; what it cannot prove, roundin
 def certified(map_: FixedPointMap, pair: Pair, number: int, tol: float, before: Witness | None) -> Verdict:
     """The largest relative error of a unit, proven; see `pcdeq_zoo.certificate`."""
     assert isinstance(map_, EquilibriumMap)
+    assert not isinstance(map_.operator, CoarseConvolution)
     assert pair.p1 is not None
     if before is None:
         before = find_witness(map_, pair.z0, pair.p1, pair.z1)
@@ -287,7 +288,8 @@ class Solver:
 
     Args:
         tol: Relative tolerance, above 0. What it bounds, `stop` says. None for what suits that: 1e-3 for "certified",
-            3e-4 for "estimated", 1e-4 for "residual".
+            3e-4 for "estimated", 1e-4 for "residual". From 0.01 on convolutional layers make all products in bfloat16
+            where these are faster, but never those of a proof.
         max_evals: Most evaluations per solve, at least 2. 200 is the paper's. A sample that reduced products do not
             bring to `tol` is solved again without, and has as many once more.
         stop: "certified": every unit of the equilibrium is proven to be within `tol`, relative (docs/certificate.md).

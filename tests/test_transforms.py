@@ -123,6 +123,29 @@ def test_vmap_over_weights_is_an_ensemble(kind: str, activation: str):
     close(vmap(functools.partial(call, layer), (None, 0, 0), out_dims=1)(x, *stacked), wanted.movedim(0, 1))
 
 
+@every_layer
+def test_gradients_of_an_ensemble(kind: str, activation: str):
+    layer, x = make(kind, activation)
+    layers = [layer, make(kind, activation)[0]]
+    stacked = [torch.stack([getattr(one, name).detach() for one in layers]) for name in ("magnitude", "direction")]
+    got = vmap(grad(lambda *values: call(layer, x, *values).square().sum(), (0, 1)))(*stacked)
+    for i, one in enumerate(layers):
+        wanted = torch.autograd.grad(one(x).square().sum(), list(one.parameters()))
+        for mine, theirs in zip(got, wanted, strict=True):
+            close(mine[i], theirs)
+
+
+@every_layer
+def test_jacobians_with_respect_to_the_parameters(kind: str, activation: str):
+    layer, x = make(kind, activation)
+    away_from_kinks(layer)
+    parameters = tuple(p.detach() for p in layer.parameters())
+    function = functools.partial(call, layer, x[:1])
+    for index, wanted in enumerate(torch.autograd.functional.jacobian(function, parameters)):
+        for jacobian in (jacrev, jacfwd):
+            close(jacobian(function, argnums=index)(*parameters), wanted)
+
+
 @pytest.mark.parametrize("name", ["pcdeq1_mc_tanh_mnist", "pcdeq2_l_sigmoid_mnist"])
 def test_gradients_of_each_sample_of_a_whole_net(name: str):
     model = timm.create_model(name, stop="residual", tol=1e-12, max_evals=2000).double().eval()

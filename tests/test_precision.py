@@ -138,6 +138,17 @@ def test_autocast_reduces_all_products(full_products: list[int], monkeypatch):
         assert (not full_products) == fewer
 
 
+def test_autocast_reduces_the_products_of_the_gradient_of_a_proven_solve(full_products: list[int], monkeypatch):
+    monkeypatch.setattr("pcdeq_zoo.operators.has_bfloat16_products", lambda device: False)
+    layer, x = make("conv", "tanh", 3.0, torch.float32, stop="certified")
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert full_products
+    full_products.clear()
+    y.sum().backward()
+    assert not full_products
+
+
 def _nan(z: Tensor) -> Tensor:
     return torch.full_like(z, torch.nan)
 

@@ -63,6 +63,10 @@ class TestShip:
         assert ship.ship(whole) == f"{NAME}.paper"
         assert checkpoints()[f"{NAME}.paper"].row["sha256"] == sha256(tmp_path / f"{NAME}.paper.safetensors")
         assert (tmp_path / f"{NAME}.paper.jsonl").read_bytes() == (run / "log.jsonl").read_bytes()
+        recorded = json.loads((tmp_path / "runs" / f"{NAME}.paper.seed0.json").read_text())
+        settings = json.loads((whole / "run.json").read_text())
+        assert settings.pop("data")  # where it lay on this machine
+        assert recorded == settings
         assert ship.ship(whole) == f"{NAME}.paper"  # again: the same
         save_file({}, tmp_path / "logits.safetensors")
         monkeypatch.setattr(ship, "LOGITS", tmp_path / "logits.safetensors")

@@ -84,7 +84,8 @@ def ship(folder: Path) -> str:
         raise SystemExit(f"{folder} is not a run of the recipe that its tag says: {found}")
 
     RUNS.mkdir(parents=True, exist_ok=True)
-    replace_file(RUNS / f"{run.name}.seed{run.seed}.json", record.read_bytes())
+    settings.pop("data", None)  # where it lay: nobody's affair but this machine's
+    replace_file(RUNS / f"{run.name}.seed{run.seed}.json", json.dumps(settings, indent=1) + "\n")
     if run.seed == 0:
         replace_file(run.file, file.read_bytes())
     replace_file(log_of(run), log.read_bytes())

@@ -6,10 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from processes import ROOT
+
 from pcdeq_zoo import VARIANTS
 from pcdeq_zoo.weights import Checkpoint, read_rows
 
-ROOT = Path(__file__).parents[1]
 NAME = "pcdeq1_l_softsign_mnist"
 CHECKPOINT = f"{NAME}.{VARIANTS[NAME].default_recipe}"  # the one that ships as its default
 SHORT = f"recipes/train.py --model {NAME} --recipe paper --data sample --epochs 2 --limit-train 640"

@@ -15,7 +15,8 @@ import sweep
 import torch
 import train
 from PIL import Image
-from recipe_runs import NAME, ROOT, SHORT
+from processes import ROOT, python
+from recipe_runs import NAME, SHORT
 
 from pcdeq_zoo.publish import PublishError, publish
 
@@ -110,10 +111,7 @@ def test_train(tmp_path, refuse, arguments: str, message: str):
 )
 def test_train_under_settings_of_accelerate(tmp_path, variable: str, value: str, message: str):
     """In a process of its own: accelerate remembers what it saw first."""
-    command = [sys.executable, *f"{SHORT} --output {tmp_path / 'run'}".split()]
-    done = subprocess.run(
-        command, cwd=Path(train.__file__).parents[1], env=os.environ | {variable: value}, capture_output=True, text=True
-    )
+    done = python(*f"{SHORT} --output {tmp_path / 'run'}".split(), env=os.environ | {variable: value})
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert re.search(message, done.stderr.splitlines()[-1])
@@ -284,15 +282,14 @@ def test_a_name_that_the_terminal_cannot_show(tmp_path, run: Path):
     shutil.copytree(run, folder)
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"}
     command = [sys.executable, *f"{SHORT} --output {folder} --resume".split()]
-    done = subprocess.run(command, cwd=Path(train.__file__).parents[1], env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "is finished" in done.stdout
 
 
 class TestScriptsOfTimm:
     def run(self, *arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "pcdeq_zoo.timm", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        return python("-m", "pcdeq_zoo.timm", *arguments)
 
     def test_a_script_finds_the_models_its_arguments_and_its_neighbours(self, tmp_path):
         (tmp_path / "neighbour.py").write_text("NAME = 'pcdeq1_l_tanh_mnist'")

@@ -13,7 +13,8 @@ import timm
 import torch
 import torch.nn.functional as F
 import train
-from recipe_runs import ROOT, log_of
+from processes import ROOT, python
+from recipe_runs import log_of
 from torch import Tensor, nn
 
 from benchmarks.compare import BREAKDOWN, MINUTES, SYSTEMS, Candidate, Harness, candidates, curve
@@ -229,7 +230,7 @@ def test_the_recipes_train_and_resume_them_for_a_given_time(tmp_path, monkeypatc
         time.sleep(0.01)
     first.kill()
     first.wait()
-    second = subprocess.run([sys.executable, *arguments.split()], cwd=ROOT, capture_output=True, text=True)
+    second = python(*arguments.split())
     assert second.returncode == 0, second.stderr
     assert "resumed from" in second.stdout
 
@@ -255,7 +256,7 @@ def test_the_recipes_train_an_ode(tmp_path, monkeypatch):
     run = tmp_path / "run"
     arguments = f"recipes/train.py --module benchmarks.compared --model anode_mnist --data sample --output {run} --cpu "
     arguments += "--epochs 1 --limit-train 32 --batch-size 16 --hold-out 16"
-    done = subprocess.run([sys.executable, *arguments.split()], cwd=ROOT, capture_output=True, text=True)
+    done = python(*arguments.split())
     assert done.returncode == 0, done.stderr
     (line,) = log_of(run)
     assert line["evaluations"]["flow forward"] > 6
@@ -284,7 +285,7 @@ def test_the_recipes_train_a_network_that_solves_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(tmp_path)]))
     run = tmp_path / "run"
     arguments = f"recipes/train.py --module mine --model explicit_mnist --data sample --output {run} --epochs 1 --cpu"
-    done = subprocess.run([sys.executable, *arguments.split()], cwd=ROOT, capture_output=True, text=True)
+    done = python(*arguments.split())
     assert done.returncode == 0, done.stderr
     (line,) = log_of(run)
     assert (line["evaluations"], line["unconverged"]) == ({}, 0)
@@ -293,10 +294,10 @@ def test_the_recipes_train_a_network_that_solves_nothing(tmp_path, monkeypatch):
     assert float(row["top1"]) > 50
     measured = (run / "results.csv").read_bytes()
     (run / "results.csv").unlink()
-    measure = [sys.executable, "recipes/evaluate.py", f"--run={run}"]
-    unknown = subprocess.run(measure, cwd=ROOT, capture_output=True, text=True)  # nobody's run.json says what to import
+    measure = ["recipes/evaluate.py", f"--run={run}"]
+    unknown = python(*measure)  # nobody's run.json says what to import
     assert unknown.stderr == f"{run} is of a network of mine; say --module mine to import that\n"
-    again = subprocess.run([*measure, "--module=mine"], cwd=ROOT, capture_output=True)
+    again = python(*measure, "--module=mine")
     assert again.returncode == 0, again.stderr
     assert (run / "results.csv").read_bytes() == measured
 

@@ -5,8 +5,6 @@ import json
 import os
 import pickle
 import struct
-import subprocess
-import sys
 import warnings
 import zlib
 from pathlib import Path
@@ -17,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from processes import python
 
 from pcdeq_zoo import DATASETS, DataError
 from pcdeq_zoo.data import DATA_ROOT_VARIABLE, as_digit, load, normalize
@@ -146,7 +145,7 @@ class TestWrong:
     def test_no_network(self, tmp_path):
         script = "import pcdeq_zoo, pcdeq_zoo.data as d; d.load(pcdeq_zoo.DATASETS['cifar'], 'test')"
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), DATA_ROOT_VARIABLE: str(tmp_path)}
-        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+        done = python("-c", script, env=environment)
         assert done.returncode == 1
         last = done.stderr.strip().splitlines()[-1]
         assert "DataError: could not get CIFAR-10 (uoft-cs/cifar10) from the Hugging Face Hub" in last

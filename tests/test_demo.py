@@ -14,7 +14,8 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from recipe_runs import ROOT, free_port
+from processes import ROOT
+from recipe_runs import free_port
 
 from demo.equilibrium import EVALUATIONS, approach, draw_approach, pcdeq_layers
 from pcdeq_zoo import DATASETS, enclosure

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from config import Config
 from distributed import Launcher, sum_over_processes, synchronize_batch_norm
-from recipe_runs import NAME, ROOT, SHORT, free_port
+from processes import ROOT
+from recipe_runs import NAME, SHORT, free_port
 from torch.nn import functional as F
 from train import Training
 

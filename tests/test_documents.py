@@ -1,14 +1,12 @@
 """Documents that match the data and the code."""
 
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from recipe_runs import ROOT
+from processes import ROOT, python
 
 from pcdeq_zoo import VARIANTS
 from tools import api, report
@@ -66,7 +64,7 @@ def test_examples_run(name: str, said: str, tmp_path):
     """In a folder of their own, for what they write."""
     script = ROOT / "examples" / f"{name}.py"
     assert len(script.read_text().splitlines()) <= 60
-    done = subprocess.run([sys.executable, "-W", "error", script], capture_output=True, text=True, cwd=tmp_path)
+    done = python(script, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.search(said, done.stdout)
 
@@ -88,8 +86,8 @@ def test_a_digit_is_read_whatever_its_polarity_mode_and_size(tmp_path, sample):
     files = [tmp_path / f"{name}.png" for name in pictures]
     for file, picture in zip(files, pictures.values(), strict=True):
         picture.save(file, exif=picture.getexif())
-    script = [sys.executable, "-W", "error", ROOT / "examples" / "predict.py"]
-    done = subprocess.run([*script, *files], capture_output=True, text=True)
+    script = ROOT / "examples" / "predict.py"
+    done = python(script, *files)
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r"^7 9\d\.\d %", done.stdout, re.M)) == len(pictures)
     assert re.findall("dark on light|light on dark", done.stdout) == [
@@ -100,10 +98,10 @@ def test_a_digit_is_read_whatever_its_polarity_mode_and_size(tmp_path, sample):
         "dark on light",
     ]
     Image.new("L", (40, 40), 128).save(tmp_path / "empty.png")
-    done = subprocess.run([sys.executable, script[-1], tmp_path / "empty.png"], capture_output=True, text=True)
+    done = python(script, tmp_path / "empty.png")
     said = "there is nothing in the picture; wanted one digit on a plain ground"
     assert done.stderr == f"{tmp_path / 'empty.png'}: {said}\n"
-    done = subprocess.run([sys.executable, script[-1], ROOT / "README.md"], capture_output=True, text=True)
+    done = python(script, ROOT / "README.md")
     assert done.stderr == f"{ROOT / 'README.md'}: cannot identify image file '{ROOT / 'README.md'}'\n"
 
 

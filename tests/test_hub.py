@@ -24,6 +24,7 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub import __version__ as hub_version
+from processes import ROOT, python
 from safetensors.torch import save_file
 
 from pcdeq_zoo import DATASETS, VARIANTS, __version__
@@ -33,14 +34,10 @@ from pcdeq_zoo.weights import NAMESPACE, Checkpoint, checkpoints, hub_digest, sh
 
 OLD_HUB = hub_version.startswith("0.")
 
-ROOT = Path(__file__).parents[1]
 NAME = "pcdeq1_l_tanh_mnist"
 CHECKPOINT = f"{NAME}.{VARIANTS[NAME].default_recipe}"
 SHIPPED = checkpoints()[CHECKPOINT]
 TAG = f"v{__version__}"
-
-# One warning of huggingface_hub's own use of its HTTP client is none of ours.
-PYTHON = (sys.executable, "-W", "error", "-W", "ignore:Use 'content=<...>' to upload")
 
 # What every script starts with.
 PRELUDE = """
@@ -100,17 +97,14 @@ class Hub:
         rest = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
         return {key: value for key, value in (rest | ours | variables).items() if value}
 
-    def run(self, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(command, env=self.environment(**variables), capture_output=True, text=True, timeout=300)
-
     def python(self, script: str, *arguments: str, **variables: str) -> Any:
         """Run a script that ends with `print(json.dumps(...))`; what it printed."""
-        done = self.run(*PYTHON, "-c", PRELUDE + script, *arguments, **variables)
+        done = python("-c", PRELUDE + script, *arguments, env=self.environment(**variables))
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])
 
     def publish(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        return self.run(*PYTHON, "-m", "pcdeq_zoo.publish", *arguments, **variables)
+        return python("-m", "pcdeq_zoo.publish", *arguments, env=self.environment(**variables))
 
     def repository(self, name: str) -> dict[str, Any]:
         return json.loads((self.state / "models" / f"{name}.json").read_bytes())
@@ -303,9 +297,9 @@ print(1)
         assert "the name is taken by a repository that is not of pcdeq_zoo, with poem.txt" in done.stderr
 
     def test_dry_run_needs_no_network(self, tmp_path):
-        command = [sys.executable, "-m", "pcdeq_zoo.publish", "--namespace", "anyone", "--dry-run"]
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-        done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+        done = python("-m", "pcdeq_zoo.publish", "--namespace", "anyone", "--dry-run", env=environment)
+        assert done.returncode == 0, done.stderr
         for name, checkpoint in checkpoints().items():
             assert f"anyone/{name}, tag {TAG}:" in done.stdout
             assert checkpoint.row["sha256"] in done.stdout
@@ -313,10 +307,11 @@ print(1)
     @pytest.mark.skipif(OLD_HUB, reason="the command was another before huggingface-hub 1.0")
     def test_the_hf_command_downloads_it(self, hub: Hub, tmp_path):
         hf = str(Path(sys.executable).with_name("hf"))
-        assert "alice" in hub.run(hf, "auth", "whoami").stdout
+        told = {"env": hub.environment(), "capture_output": True, "text": True}
+        assert "alice" in subprocess.run([hf, "auth", "whoami"], **told).stdout
         repository, _, revision = SHIPPED.hub_id.partition("@")
         folder = tmp_path / "folder"
-        done = hub.run(hf, "download", repository, "--revision", revision, "--local-dir", str(folder))
+        done = subprocess.run([hf, "download", repository, "--revision", revision, "--local-dir", folder], **told)
         assert done.returncode == 0, done.stderr
         assert sha256(folder / "model.safetensors") == SHIPPED.row["sha256"]
 

@@ -23,7 +23,8 @@ import torch
 import train
 from config import Config
 from PIL import Image
-from recipe_runs import NAME, ROOT, SHORT, command, launch, log_of, row_of
+from processes import ROOT, python
+from recipe_runs import NAME, SHORT, command, launch, log_of, row_of
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
@@ -72,7 +73,7 @@ def test_the_result_loads_through_timm(run: Path):
 
 @pytest.mark.usefixtures("device")
 def test_the_seed_makes_it_reproducible(run: Path, tmp_path):
-    again = launch(f"{SHORT} --output {tmp_path / 'again'}")
+    again = python(*f"{SHORT} --output {tmp_path / 'again'}".split())
     assert again.returncode == 0, again.stderr
     one, two = (folder / "model.safetensors" for folder in (run, tmp_path / "again"))
     assert sha256(one) == sha256(two)
@@ -251,7 +252,8 @@ def test_a_small_set_in_the_layout_of_svhn(tmp_path):
             rows.append({"image": {"bytes": stream.getvalue(), "path": None}, "label": index % 10})
         pq.write_table(pa.Table.from_pylist(rows), folder / f"{split}-00000-of-00001.parquet")
     arguments = f"recipes/train.py --model pcdeq1_mc_softsign_svhn --recipe paper --data {folder} --epochs 1"
-    done = launch(f"{arguments} --output {tmp_path / 'run'} --report-to tensorboard --mixed-precision bf16")
+    arguments += f" --output {tmp_path / 'run'} --report-to tensorboard --mixed-precision bf16"
+    done = python(*arguments.split())
     assert done.returncode == 0, done.stderr
     assert "on 160 of the 73257 training images" in done.stdout
     assert re.search(r"accuracy \d+\.\d\d % on 40 test images", done.stdout)

@@ -160,6 +160,11 @@ class _Size:
 # for L, which is trained in a minute: twice the epochs, and crops of digits moved by at most a pixel.
 _ZOO = Recipe(10, 1.2e-2, 0.05, batch_size=128, label_smoothing=0.1, stop="estimated", tol=1e-3)
 
+# One layer learns slowly: SC-Tanh had 98.45 % of 5,000 held-out digits after 80,000 images, 98.86 % after 240,000 and
+# 98.98 % after 440,000, and no more than that on those that it was trained on. Smaller steps, smaller batches, no
+# smoothing, no decay and crops did not help. The looser tolerance takes two thirds of the time.
+_ONE_LAYER = replace(_ZOO, epochs=24, tol=1e-2)
+
 # Against changes of the pixels: no smoothing, which asks for small margins.
 _ROBUST = replace(_ZOO, lr=1e-2, weight_decay=0.0, label_smoothing=0.0)
 _L_ROBUST = {"robust_0.1": replace(_ROBUST, epochs=20, lr=2e-2, eps=0.1)}
@@ -174,7 +179,7 @@ _MNIST, _SVHN, _CIFAR = DATASETS["mnist"], DATASETS["svhn"], DATASETS["cifar"]
 
 # Widths, parameters; epochs, epoch of the decay and weight decay in the paper; our recipe.
 _L_MNIST = _Size("l", _MNIST, (80,), 70_410, 40, 30, 0.02, replace(_ZOO, epochs=16, crop_padding=1), _L_ROBUST)
-_SC_MNIST = _Size("sc", _MNIST, (82,), 69_136, 40, 30, 0.02, replace(_ZOO, epochs=8))
+_SC_MNIST = _Size("sc", _MNIST, (82,), 69_136, 40, 30, 0.02, _ONE_LAYER)
 _MC_MNIST = _Size("mc", _MNIST, (12, 24, 48), 41_278, 40, 30, 0.015, replace(_ZOO, epochs=8), _MC_ROBUST)
 _SC_SVHN = _Size("sc", _SVHN, (125,), 164_760, 80, 70, 0.02, replace(_ZOO, epochs=16), _FIRST)
 _MC_SVHN = _Size("mc", _SVHN, (20, 50, 80), 130_950, 50, 40, 0.015, _ZOO, _FIRST)

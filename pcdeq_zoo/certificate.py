@@ -87,7 +87,8 @@ def find_witness(map_: EquilibriumMap, z: Tensor, p: Tensor, y: Tensor, attempt:
     """
     gamma, dims = rounding_error(map_, worst_case=False), list(range(1, z.ndim))
     reduced = map_.reduced_error is not None and attempt <= _REDUCED_ATTEMPTS
-    slopes = map_.activation.derivative(p * ((1 - gamma) * (1 - _MARGIN))) + gamma
+    # Relative, as the slopes of saturated units are next to 0 and the size of W is not; 1e-37 is for what underflows.
+    slopes = map_.activation.derivative(p * ((1 - gamma) * (1 - _MARGIN))) * (1 + gamma) + 1e-37
     w, image = z, p - map_.x  # W w; here up to rounding, which is good enough for the next w
     for _ in range(_PRODUCTS + attempt - 1):
         w = torch.addcmul(z, slopes, image)

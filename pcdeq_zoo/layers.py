@@ -302,12 +302,18 @@ class _PcDEQLayer(TraceableLoop):
             raise ValueError(f"W must be {tuple(self.direction.shape)}, got {tuple(weight.shape)}")
         if not bool(((weight >= 0) & weight.isfinite()).all()):
             raise ValueError(f"W must be ≥ 0 and finite, got entries from {weight.min():g} to {weight.max():g}")
-        if not bool(_row_norms(weight.to(self.direction.dtype)).isfinite().all()):
-            raise ValueError(
-                f"the norms of the rows of W overflow in {self.direction.dtype}, got entries to {weight.max():g}"
-            )
-        self.direction.copy_(weight)
-        self.magnitude.copy_(_row_norms(self.direction))
+        dtype = self.direction.dtype
+        rows = weight.to(dtype).to("cpu", torch.float64)
+        largest = rows.flatten(1).amax(1).view(self.magnitude.shape)
+        # Directions with entries to 1, by powers of two, which are exact: the squares of tiny ones would vanish in a
+        # norm. A row of zeros gets one too, or it would have no gradient.
+        exponent = torch.frexp(largest).exponent
+        direction = torch.where(largest > 0, torch.ldexp(rows, -exponent), 1.0)
+        magnitude = torch.where(largest > 0, torch.ldexp(_row_norms(direction), exponent), 0.0).to(dtype)
+        if not bool(magnitude.isfinite().all()):
+            raise ValueError(f"the norms of the rows of W overflow in {dtype}, got entries to {weight.max():g}")
+        self.direction.copy_(direction)
+        self.magnitude.copy_(magnitude)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
@@ -463,8 +469,8 @@ class _PcDEQLayer(TraceableLoop):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in OLD_NAMES.values():  # what is saved is nonnegative, the parameters stay as they are
-            value = destination[prefix + name]
-            if not keep_vars and not value.is_meta and bool((value < 0).any()):
+            value = destination.get(prefix + name)  # none if it is parametrised by torch.nn.utils
+            if value is not None and not keep_vars and not value.is_meta and bool((value < 0).any()):
                 destination[prefix + name] = value.detach().clamp(min=0)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

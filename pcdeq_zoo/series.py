@@ -8,12 +8,22 @@ from __future__ import annotations
 
 from torch import Tensor
 
-__all__ = ["aitken_factor", "remaining_error"]
+__all__ = ["aitken_factor", "amplification", "change_rate", "remaining_error"]
 
 
-def remaining_error(change: Tensor, size1: Tensor, size2: Tensor) -> Tensor:
-    """‖d₂‖ r / (1 − r) with r = ‖d₂‖ / ‖d₁‖, for the change ‖d₂‖ in any unit, shape (N,); 0 where nothing changes."""
-    return change * size2 / (size1 - size2).clamp(min=1e-37)
+def change_rate(size1: Tensor, size2: Tensor) -> Tensor:
+    """r = ‖d₂‖ / ‖d₁‖, shape (N,); 0 where nothing changes."""
+    return (size2 / size1.clamp(min=1e-37)).nan_to_num(0.0)
+
+
+def amplification(rate: Tensor) -> Tensor:
+    """1 / (1 − r), how many times its first term a series is, shape (N,); at most 10⁴, also where it is none."""
+    return (1 - rate).clamp(min=1e-4).reciprocal()
+
+
+def remaining_error(change: Tensor, rate: Tensor) -> Tensor:
+    """‖d₂‖ r / (1 − r), for the change ‖d₂‖ in any unit, shape (N,)."""
+    return change * rate * amplification(rate)
 
 
 def aitken_factor(d1: Tensor, d2: Tensor, size1: Tensor, dims: list[int]) -> Tensor:

@@ -13,6 +13,7 @@ result is fixed when it has converged, so it never depends on what else is in th
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from torch import Tensor
 from pcdeq_zoo.certificate import Witness, error_bound, find_witness
 from pcdeq_zoo.maps import EquilibriumMap, FixedPointMap, FunctionMap, Pair, per_sample
 from pcdeq_zoo.operators import CoarseConvolution, full_precision
-from pcdeq_zoo.series import aitken_factor, remaining_error
+from pcdeq_zoo.series import aitken_factor, amplification, change_rate, remaining_error
 from pcdeq_zoo.solution import OnFailure, Solution, Status
 
 __all__ = ["Solver", "Stop", "solve"]
@@ -40,56 +41,73 @@ class Verdict(NamedTuple):
     Attributes:
         error: To compare with the tolerance, shape (N,).
         rounding: The part of it that is due to reduced products, shape (N,); None where there are none.
-        witness: What a certified solve has found up to now, for the next pair.
+        rates: Of an estimate, r now and when it was asked before, each of shape (N,).
+        witness: What a certified solve has found up to now.
     """
 
     error: Tensor
     rounding: Tensor | None = None
+    rates: tuple[Tensor, ...] = ()
     witness: Witness | None = None
 
 
-def residual(map_: FixedPointMap, pair: Pair, number: int, tol: float, before: Witness | None) -> Verdict:
+def residual(map_: FixedPointMap, pair: Pair, number: int, tol: float, before: Verdict | None) -> Verdict:
     """‖d₂‖₂ / ‖z₂‖₂ over a sample's own entries: the paper's criterion (section 5), per sample."""
-    return _with_rounding(map_, pair, pair.change)
+    rounding = _rounding(map_, pair)
+    return Verdict(pair.change if rounding is None else pair.change.hypot(rounding), rounding)
 
 
-def estimated(map_: FixedPointMap, pair: Pair, number: int, tol: float, before: Witness | None) -> Verdict:
-    """The error ‖d₂‖ r / (1 − r) that is left if changes go on as a geometric series with r = ‖d₂‖ / ‖d₁‖, relative."""
-    return _with_rounding(map_, pair, remaining_error(pair.change, pair.size1, pair.size2))
+def estimated(map_: FixedPointMap, pair: Pair, number: int, tol: float, before: Verdict | None) -> Verdict:
+    """The error ‖d₂‖ r / (1 − r) that is left if changes go on as a geometric series with rate r, relative.
+
+    For r the largest ‖d₂‖ / ‖d₁‖ of the last three times: extrapolation takes the slowest mode out of the changes but
+    not quite out of the error, and for a while the faster ones alone would say how much is left. What reduced products
+    have cost is amplified as every error is, by 1 / (1 − r).
+    """
+    rates = (change_rate(pair.size1, pair.size2), *(before.rates[:2] if before else ()))
+    rate = functools.reduce(torch.maximum, rates)
+    # Two units of the last place are rounding, which does not fall.
+    settled = pair.change <= 2 * torch.finfo(pair.change.dtype).eps
+    left = torch.where(settled, pair.change, remaining_error(pair.change, rate))
+    rounding = _rounding(map_, pair)
+    if rounding is None:
+        return Verdict(left, rates=rates)
+    rounding = rounding * amplification(rate)
+    return Verdict(left.hypot(rounding), rounding, rates)
 
 
-def _with_rounding(map_: FixedPointMap, pair: Pair, left: Tensor) -> Verdict:
-    """What the iteration has left to do, and what reduced products have cost up to now, which is independent of it."""
+def _rounding(map_: FixedPointMap, pair: Pair) -> Tensor | None:
+    """What reduced products have cost an iterate up to now, relative, shape (N,); None where there are none."""
     if not map_.reduced_error:
-        return Verdict(left)
+        return None
     assert pair.moved is not None
-    rounding = map_.reduced_error * pair.moved / pair.size
-    return Verdict(left.hypot(rounding), rounding)
+    return map_.reduced_error * pair.moved / pair.size
 
 
 _LONGEST_ATTEMPT = 10  # to find a better witness; what it cannot prove, rounding stands in the way of
 
 
-def certified(map_: FixedPointMap, pair: Pair, number: int, tol: float, before: Witness | None) -> Verdict:
+def certified(map_: FixedPointMap, pair: Pair, number: int, tol: float, before: Verdict | None) -> Verdict:
     """The largest relative error of a unit, proven; see `pcdeq_zoo.certificate`."""
     assert isinstance(map_, EquilibriumMap)
     assert not isinstance(map_.operator, CoarseConvolution)
     assert pair.p1 is not None
-    if before is None:
-        before = find_witness(map_, pair.z0, pair.p1, pair.z1)
-    elif not bool(before.found.all()):
-        rows = (~before.found).nonzero()[:, 0]
-        before.replace(rows, find_witness(map_[rows], pair.z0[rows], pair.p1[rows], pair.z1[rows], number))
-    error = error_bound(map_, pair, before, tol)
+    witness = before.witness if before else None
+    if witness is None:
+        witness = find_witness(map_, pair.z0, pair.p1, pair.z1)
+    elif not bool(witness.found.all()):
+        rows = (~witness.found).nonzero()[:, 0]
+        witness.replace(rows, find_witness(map_[rows], pair.z0[rows], pair.p1[rows], pair.z1[rows], number))
+    error = error_bound(map_, pair, witness, tol)
     if number < _LONGEST_ATTEMPT:
         # Where the iterate has settled and the bound is still too large, the next witness is to be from a longer sum.
         settled = (error > tol) & (pair.size2 <= 8 * torch.finfo(pair.z2.dtype).eps * pair.size)
-        before = before._replace(rate=before.rate.masked_fill(settled, math.inf))
-    return Verdict(error, witness=before)
+        witness = witness._replace(rate=witness.rate.masked_fill(settled, math.inf))
+    return Verdict(error, witness=witness)
 
 
 # To add a rule, add a function here and its name to `Stop`.
-RULES: dict[Stop, Callable[[FixedPointMap, Pair, int, float, Witness | None], Verdict]] = {
+RULES: dict[Stop, Callable[[FixedPointMap, Pair, int, float, Verdict | None], Verdict]] = {
     "certified": certified,
     "estimated": estimated,
     "residual": residual,
@@ -222,23 +240,24 @@ def _solve(map_: FixedPointMap, z: Tensor, tol: float, max_evals: int, stop: Sto
     if z.is_meta or not len(z):  # shapes only: nothing to decide on
         return outcome.solution(z.clone(), tol, proven)
     check_every = 2 if proven else map_.check_every
-    witness: Witness | None = None
+    verdict: Verdict | None = None
     pair: Pair | None = None
     full: Tensor | None = None
     limit = outcome.error
     for k in range(2, max_evals + 1, 2):
         pair = map_.pair(z, None if proven else pair, full)
         z, full = pair.z2, None
-        last, before = k + 2 > max_evals, witness
+        last, before = k + 2 > max_evals, verdict
         checks = last or k % check_every == 0
         if checks:
             verdict = rule(map_, pair, k // 2, tol, before)
-            witness = verdict.witness
         if accelerate:
             z, limit = extrapolate(pair, limit)
-            # Not below the b above which a witness is one.
-            z = map_.project(z) if witness is None else torch.maximum(map_.project(z), witness.base)
+            z = map_.project(z)
+            if verdict is not None and verdict.witness is not None:  # not below the b above which it is one
+                z = torch.maximum(z, verdict.witness.base)
         if checks:
+            assert verdict is not None
             least = verdict.error.amin().item()
             if last or not least > tol:
                 change, error = pair.change, verdict.error

@@ -112,7 +112,8 @@ def test_a_witness_makes_the_map_a_contraction(kind: str, activation: str, norm:
     for y, z in [*pairs, [base, base + 1e-3 * w]]:
         distance = ((y - z).abs() / w).flatten(1).amax(1)
         image = ((exact(y) - exact(z)).abs() / w).flatten(1).amax(1)
-        assert (image <= rate * distance * (1 + 1e-9)).all()
+        rounding = (2**-52 * exact(y) / w).flatten(1).amax(1)  # of these two, where units are saturated
+        assert (image <= rate * distance * (1 + 1e-9) + rounding).all()
     # Next to the base the rate is what it says, but for the margin of saturated units.
     assert (image >= 0.9 * rate * distance)[rate > 0.01].all()
 
@@ -232,6 +233,19 @@ def test_a_chain_of_units_is_certified(activation: str):
     solution = layer.solve(x)
     assert solution.evaluations.item() <= 8
     assert_holds(solution, truth(layer, x))
+
+
+@every_layer
+@pytest.mark.parametrize("norm", [1e6, 1e12, 1e18])
+def test_a_huge_weight_is_certified_in_float32(kind: str, activation: str, norm: float):
+    """All units are saturated, and slopes next to 0 times W next to infinity are next to nothing."""
+    layer, u = make(kind, activation, norm, torch.float32, tol=1e-4, stop="certified")
+    solution = layer.solve(u)
+    assert solution.converged.all()
+    assert solution.evaluations.max() <= 8
+    lower, upper = enclosure(layer, u)
+    assert (solution.lower.double() <= lower).all()
+    assert (upper <= solution.upper.double()).all()
 
 
 @pytest.mark.parametrize("weight", [0.3, 0.5765])

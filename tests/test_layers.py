@@ -373,6 +373,28 @@ class TestWeight:
         layer.set_weight(wanted)
         torch.testing.assert_close(torch.Tensor(layer.weight), wanted)
 
+    @pytest.mark.parametrize("size", [1e-38, 1e-25, 1e-13, 1e30])
+    def test_set_weight_of_any_size(self, size: float):
+        """Rows whose norm, or its square, leaves the range of float32 or the floor of the normalisation."""
+        layer, wanted = PcDEQLinear(4), torch.rand(4, 4) * size
+        layer.set_weight(wanted)
+        torch.testing.assert_close(torch.Tensor(layer.weight), wanted, rtol=1e-6, atol=1e-44)
+
+    def test_a_row_of_zeros_can_grow(self):
+        layer = PcDEQLinear(4, "tanh")
+        layer.set_weight(torch.zeros(4, 4))
+        optimizer = torch.optim.Adam(layer.parameters(), lr=0.01)
+        for _ in range(10):
+            optimizer.zero_grad()
+            layer(torch.randn(8, 4)).mean().neg().backward()
+            optimizer.step()
+        assert (layer.weight > 0).all()
+
+    def test_a_parametrised_layer_has_a_state(self):
+        layer = PcDEQLinear(4)
+        nn.utils.parametrize.register_parametrization(layer, "magnitude", nn.Identity())
+        assert set(layer.state_dict()) == {"direction", "parametrizations.magnitude.original"}
+
     @pytest.mark.parametrize(
         ("weight", "message"),
         [

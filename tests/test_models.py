@@ -174,6 +174,11 @@ def test_features(name: str):
         model.forward_intermediates(x, output_fmt="NLC")
 
 
+def test_features_of_another_number_of_stages():
+    extractor = timm.create_model("pcdeq1_mc_relu6_cifar", features_only=True, channels=(8, 16))
+    assert [tap.shape[1:] for tap in extractor(torch.rand(1, 3, 32, 32))] == [(8, 32, 32), (16, 15, 15)]
+
+
 @pytest.mark.parametrize("name", SOME[1:])
 def test_features_are_in_channels_last(name: str):
     """Those of images of one channel, too, which `contiguous` leaves in the other order."""

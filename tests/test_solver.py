@@ -56,6 +56,14 @@ def test_estimated_stop_bounds_the_error_of_a_geometric_series():
         assert solution.evaluations[i] == k
 
 
+def test_what_changes_by_rounding_alone_is_done():
+    """Two iterates that alternate, one unit of the last place apart, change no less from pair to pair."""
+    layer = PcDEQLinear(1, "softsign", solver=Solver(on_failure="raise"))
+    layer.set_weight(torch.tensor([[0.8799949288368225]]))
+    u = torch.cat([torch.tensor([[0.042980823665857315]]), torch.randn(5000, 1)])
+    assert layer.solve(u).evaluations.max() <= 40
+
+
 def test_acceleration_sums_the_series():
     rate = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
     target = torch.rand(3, 5, dtype=torch.float64) + 1

@@ -184,7 +184,7 @@ def test_norms_that_overflow_are_no_zeros():
         layer.direction.fill_(1e19)
     assert layer.weight.isnan().all()
     with pytest.raises(ValueError, match="norms of the rows of W overflow"):
-        layer.set_weight(torch.full((4, 4), 1e19))
+        layer.set_weight(torch.full((4, 4), 3e38))
 
 
 class TestArguments:

@@ -261,6 +261,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.share <= 0 or args.jobs < 1:
         parser.error(f"--share must be above 0 and --jobs at least 1, got {args.share} and {args.jobs}")
+    if args.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {args.rounds}")
     names = [name for name in SYSTEMS if any(fnmatch.fnmatch(name, glob) for glob in args.systems)]
     if not names:
         parser.error(f"no system matches {' '.join(args.systems)}; there are {', '.join(SYSTEMS)}")

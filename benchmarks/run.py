@@ -258,7 +258,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nets", nargs="+", choices=list(VARIANTS), metavar="NET", help=f"default: {', '.join(NETS)}")
     parser.add_argument("--data", help="as for recipes/train.py")
-    parser.add_argument("--device", type=torch.device, default="cpu", help="default: cpu")
+    parser.add_argument("--device", default="cpu", help="default: cpu")
     parser.add_argument("--authors", type=Path, metavar="DIR", help="measure against this checkout of their code too")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds; one more is not counted")
     parser.add_argument(
@@ -266,10 +266,22 @@ def main() -> None:
     )
     args = parser.parse_args()
 
+    if args.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {args.rounds}")
+    if args.output and not args.output.parent.is_dir():
+        parser.error(f"--output {args.output}: there is no folder {args.output.parent}")
+    try:
+        device = torch.device(args.device)
+    except RuntimeError:
+        parser.error(f"--device must be cpu or cuda, got {args.device}")
+    whole = not (args.nets or args.authors or device.type == "cuda")
+    if whole and not args.output and not importlib.util.find_spec("torchdeq"):
+        parser.error("benchmarks/results.json is with torchdeq: pip install torchdeq==0.1.0, or give an --output")
+
     if args.authors:
         BASELINES["authors"] = released(args.authors)
-    on_gpu = args.device.type == "cuda"
-    peak = peak_flops(args.device)
+    on_gpu = device.type == "cuda"
+    peak = peak_flops(device)
     document: dict[str, Any] = {
         "machine": {
             "processor": torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine(),
@@ -281,12 +293,12 @@ def main() -> None:
         "rounds": args.rounds,
         "nets": {},
     }
-    output = args.output or (None if args.nets or args.authors or on_gpu else ROOT / "benchmarks" / "results.json")
+    output = args.output or (ROOT / "benchmarks" / "results.json" if whole else None)
     for name in tqdm(args.nets or NETS, disable=None):
-        document["nets"][name] = measure(name, args.data, args.rounds, peak, args.device)
+        document["nets"][name] = measure(name, args.data, args.rounds, peak, device)
         print(tables({**document, "nets": {name: document["nets"][name]}}), flush=True)
-        if output:
-            replace_file(output, json.dumps(document, indent=1) + "\n")
+    if output:  # whole: its means are over all nets
+        replace_file(output, json.dumps(document, indent=1) + "\n")
     print(tables(document))
 
 

@@ -69,9 +69,9 @@ class Recipe:
     warmup: float = setting("share of the epochs in which the one cycle rises", 0.25, above=0, below=1)
     label_smoothing: float = setting("probability that is spread over all classes", 0.0, at_least=0, below=1)
     ema_decay: float = setting("of the average of the weights that is saved; 0: none", 0.0, at_least=0, below=1)
-    stop: Stop | None = setting("criterion of the solves, see `Solver`; none for models that have but one", "residual")
+    stop: Stop | None = setting("criterion of the solves, see `Solver`", "residual")
     tol: float = setting("tolerance of the solves", 1e-4, above=0)
-    images: int | None = setting("take the first so many training images only", None, above=0, below=2**31)
+    images: int | None = setting("take the first so many training images; none for all", None, above=0, below=2**31)
     eps: float = setting(
         "change of all pixels, on the scale of [0, 1], to be robust to; 0: none", 0.0, at_least=0, below=1
     )

@@ -132,7 +132,8 @@ def _add_flags(parser: argparse._ActionsContainer, record: type) -> None:
         elif get_origin(kind) is Literal:
             facts["choices"] = get_args(kind)
         else:
-            facts["type"] = _reader(entry, get_args(kind)[0] if get_origin(kind) is tuple else kind)
+            number = kind in (int, float) and kind is not hints[entry.name]
+            facts["type"] = _reader(entry, get_args(kind)[0] if get_origin(kind) is tuple else kind, none=number)
         parser.add_argument(flag, help=entry.metadata["meaning"], default=argparse.SUPPRESS, **facts)
 
 
@@ -143,10 +144,12 @@ def _without_none(hint: Any) -> Any:
     return kind
 
 
-def _reader(entry: Field[Any], kind: type) -> Callable[[str], Any]:
-    """What turns the text of a flag into its value, and refuses one outside the limits."""
+def _reader(entry: Field[Any], kind: type, none: bool) -> Callable[[str], Any]:
+    """What turns the text of a flag into its value, maybe "none" into None, and refuses one outside the limits."""
 
     def read(text: str) -> Any:
+        if none and text == "none":
+            return None
         value = kind(text)
         try:
             check_setting(entry, value)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -43,25 +41,6 @@ def check_launch(accelerator: Accelerator, processes: int | None) -> None:
             f"accelerate is set to accumulate {accelerator.gradient_accumulation_steps} gradients, which would divide "
             "them; say --grad-accum instead"
         )
-
-
-_LAUNCHERS = ("accelerate", "accelerate-launch", "accelerate.commands.launch")
-
-
-class Launcher:
-    """The `accelerate launch` that this process is of, if it is. A signal that ends it does not reach its child."""
-
-    def __init__(self) -> None:
-        parent = psutil.Process().parent()
-        try:
-            launches = parent is not None and any(Path(part).name in _LAUNCHERS for part in parent.cmdline())
-        except psutil.Error:
-            launches = False
-        self._process = parent if launches else None
-
-    def is_gone(self) -> bool:
-        """Whether there was one, and is none any more."""
-        return self._process is not None and os.getppid() != self._process.pid  # not is_running: it may be a zombie
 
 
 def hardware(accelerator: Accelerator) -> str:

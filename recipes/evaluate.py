@@ -240,13 +240,17 @@ def make_parser() -> argparse.ArgumentParser:
     source.add_argument(
         "--model", help="name in the zoo, with or without tag, or hf-hub:NAMESPACE/NAME[@REVISION] or local-dir:FOLDER"
     )
-    source.add_argument("--run", type=Path, help="folder of a finished run; its results.csv is written")
+    source.add_argument(
+        "--run", type=Path, help="folder of a finished run; its results.csv, or held_out.csv, is written"
+    )
     parser.add_argument(
         "--checkpoint", type=Path, help="a safetensors file, or one of the authors' code; default: the zoo's"
     )
     parser.add_argument("--module", metavar="MODULE", help="import it first, for a --run of train.py with it")
     parser.add_argument("--data", help="folder, 'sample' or 'hub' (default: below $PCDEQ_ZOO_DATA, else the Hub)")
-    parser.add_argument("--batch-size", type=int, default=500)
+    parser.add_argument(
+        "--batch-size", type=int, default=500, help="images at a time (default: 500; at most 100 with --eps)"
+    )
     parser.add_argument(
         "--eps", type=float, help="measure robustness, too, against changes of each pixel by so much, of [0, 1]"
     )
@@ -270,6 +274,8 @@ def main() -> None:
         parser.error(f"--batch-size must be above 0, got {args.batch_size}")
     if args.eps is not None and not 0 < args.eps <= 1:
         parser.error(f"--eps must be above 0 and at most 1, got {args.eps}")
+    if args.checkpoint and args.model.startswith(("hf-hub:", "local-dir:")):
+        parser.error(f"--checkpoint goes with a name in the zoo: {args.model} has weights of its own")
     if args.run and (args.checkpoint or args.output or args.eps):
         parser.error("--checkpoint, --eps and --output go with --model")
     if args.output and (reason := _why_not(args.output)):
@@ -293,13 +299,22 @@ def main() -> None:
             if architecture not in VARIANTS:
                 raise SystemExit(f"{args.model} holds a {architecture}; this measures models of the zoo only")
             dataset = VARIANTS[architecture].dataset
+            wanted = len(dataset.classes), dataset.input_size
+            if (found := (model.num_classes, (model.in_chans, *model.img_size))) != wanted:
+                raise SystemExit(
+                    f"{args.model} has {found[0]} classes and images of {found[1]}, {dataset.title} {wanted[0]} and "
+                    f"{wanted[1]}: there is nothing to measure it on"
+                )
             images, labels = load(dataset, "test", args.data)
             model.to(accelerator.device)
             measured = evaluate(model, dataset, images, labels, args.batch_size, progress=True)
             if args.eps:
                 as_created = timm.create_model(args.model, pretrained=True, pretrained_cfg_overlay=overlay)
                 as_created.to(accelerator.device)
-                measured |= evaluate_robustness(as_created, dataset, images, labels, args.eps, progress=True)
+                batch_size = min(args.batch_size, 100)
+                measured |= evaluate_robustness(
+                    as_created, dataset, images, labels, args.eps, batch_size, progress=True
+                )
             if args.output:
                 # How it was trained is copied only if these are, to the byte, weights that ship.
                 digest = sha256(Path(model.pretrained_cfg["file"]))

@@ -61,7 +61,7 @@ def locked(output: Path) -> Iterator[None]:
     Killing `accelerate launch` leaves the training alive; a second one must not write into the same folder.
 
     Raises:
-        SystemExit: Another process has it.
+        SystemExit: Another process has it, or its file system knows no locks.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -71,8 +71,12 @@ def locked(output: Path) -> Iterator[None]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise SystemExit(f"another process is training in {output}") from error
+        except OSError as error:
+            raise SystemExit(
+                f"cannot lock {output}: {error.strerror}; give an --output on another file system"
+            ) from error
         yield
 
 
@@ -111,15 +115,22 @@ def compare_settings(settings: dict[str, Any], record: Path) -> None:
         raise SystemExit(f"{record.parent} holds a run with other settings: {found}; give another --output")
 
 
-def record_launch(record: Path, settings: dict[str, Any]) -> None:
-    """Write run.json; for a run that goes on add what it goes on with, "1 CPU thread; 2 CPU threads"."""
-    if record.exists():
-        before = read_record(record)
+def record_launch(output: Path, settings: dict[str, Any], state: Path | None) -> None:
+    """Write run.json; for a run that goes on add what it goes on with, "1 CPU thread; 2 CPU threads".
+
+    Args:
+        output: The run's folder.
+        settings: Of this launch.
+        state: What it goes on from, maybe of another folder; None if it starts.
+    """
+    records = [output / "run.json", *([state / "run.json"] if state else [])]
+    if before := next((read_record(record) for record in records if record.exists()), None):
+        settings = dict(settings)
         for key in ("commit", "hardware"):
             if settings[key] not in (known := str(before.get(key)).split("; ")):
-                before[key] = "; ".join([*known, settings[key]])
-        settings = before
-    replace_file(record, json.dumps(settings, indent=1) + "\n")
+                known.append(settings[key])
+            settings[key] = "; ".join(known)
+    replace_file(records[0], json.dumps(settings, indent=1) + "\n")
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,8 @@
 
 Trains on the whole training set, and looks at the test set once, after the last epoch. Writes to --output: run.json
 (the settings), log.jsonl (a line per epoch), steps.jsonl (with --log-every), state/ (what --resume needs, until the run
-is finished), and in the end model.safetensors and results.csv (the row that a checkpoint ships with).
+is finished), and in the end model.safetensors and results.csv (the row that a checkpoint ships with; held_out.csv with
+--hold-out).
 
 `accelerate launch recipes/train.py` does the same, and starts several processes. Two on CPUs, which give what one
 gives, up to rounding:
@@ -23,6 +24,8 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+
+from launcher import LAUNCHER
 
 if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:  # at once: what follows takes seconds to import
     print(Path(__file__).with_suffix(".txt").read_text("utf-8"), end="")
@@ -43,7 +46,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from config import Config, parse, train_slices
-from distributed import Launcher, check_launch, hardware, sum_over_processes, synchronize_batch_norm
+from distributed import check_launch, hardware, sum_over_processes, synchronize_batch_norm
 from evaluate import measure_run
 from progress import Progress
 from run_folder import (
@@ -101,11 +104,11 @@ def make_model(config: Config, recipe: Recipe) -> nn.Module:
     """The model to train, with fresh weights.
 
     Raises:
-        SystemExit: It cannot have such channels, or is of a module that needs what is not installed.
+        SystemExit: It cannot have such channels or settings, or is of a module that needs what is not installed.
     """
     try:
         return timm.create_model(config.model, stop=recipe.stop, tol=recipe.tol, channels=config.channels)
-    except (ImportError, ValueError) as error:
+    except (ImportError, ValueError, TypeError) as error:
         raise SystemExit(f"no {config.model}: {error}") from error
 
 
@@ -158,7 +161,6 @@ class Training:
         self.accelerator, self.config, self.recipe = accelerator, config, recipe
         self.images, self.labels = images.to(accelerator.device), labels.to(accelerator.device)
         self.progress = Progress()
-        self.launcher = Launcher()
         self.least = max(2, accelerator.num_processes)  # images in a batch
 
         set_seed(config.seed)
@@ -184,7 +186,7 @@ class Training:
             self._clock = time.perf_counter()
             with self._bar(len(steps)) as bar:
                 while progress.step < len(steps) and not self.is_done():
-                    if self.launcher.is_gone():
+                    if LAUNCHER.is_gone():
                         # Of several processes others may be at another step, and cannot be asked.
                         if self.accelerator.num_processes == 1 and progress.updates:
                             self.save()
@@ -504,13 +506,14 @@ def main() -> None:
             if config.report_to:
                 accelerator.init_trackers("tensorboard")
             accelerator.wait_for_everyone()
+            state = newest_state(output) if config.resume in (None, "latest") else Path(config.resume)
+            training.resume(state)
             if accelerator.is_main_process:
-                record_launch(output / "run.json", settings)
+                record_launch(output, settings, state)
             accelerator.print(
                 f"{config.model} on {len(images)} of the {config.variant.dataset.sizes['train']} training images, "
                 f"{accelerator.num_processes} x {accelerator.device}: {recipe}"
             )
-            training.resume(newest_state(output) if config.resume in (None, "latest") else Path(config.resume))
             training.run()
             if accelerator.is_main_process:
                 training.write_weights()

@@ -12,11 +12,13 @@ import config
 import evaluate
 import pytest
 import sweep
+import timm
 import torch
 import train
 from PIL import Image
 from processes import ROOT, python
 from recipe_runs import NAME, SHORT
+from timm.models._hub import save_for_hf
 
 from pcdeq_zoo.publish import PublishError, publish
 
@@ -142,6 +144,7 @@ EVALUATE = [
     ("--model pcdeq1_sc_tanh_cifar", "no weights of pcdeq1_sc_tanh_cifar.paper are published yet"),
     (f"--model {NAME} --data /no/such/folder", "no data folder /no/such/folder"),
     (f"--model {NAME} --checkpoint /no/such/file", "there is no file /no/such/file"),
+    ("--model local-dir:FOLDER --checkpoint FOLDER/x", "--checkpoint goes with a name in the zoo: local-dir:/"),
     (f"--model {NAME} --output /no/such/folder/row.csv", "there is no folder /no/such/folder"),
     (f"--model {NAME} --output FOLDER/row.txt", "wanted a name that ends in .csv"),
     (f"--model {NAME} --output FOLDER/theirs.csv", "there is a file that this program did not write"),
@@ -163,6 +166,18 @@ def test_evaluate(tmp_path, refuse, arguments: str, message: str):
     one_line_only(line)
     assert message in line
     assert (tmp_path / "theirs.csv").read_text() == "a document"
+
+
+def test_a_net_of_other_classes_is_not_measured(tmp_path, refuse):
+    save_for_hf(timm.create_model(NAME, num_classes=3), tmp_path / "three", safe_serialization=True)
+    line = refuse(evaluate.main, f"--model local-dir:{tmp_path / 'three'} --data sample")
+    assert "has 3 classes and images of (1, 28, 28), MNIST 10 and (1, 28, 28)" in line
+
+
+def test_none_is_a_value_of_a_setting_that_may_have_none():
+    given = ["--model", NAME, "--recipe", "paper", "--lr-decay-epoch", "none", "--images", "none"]
+    recipe = config.parse("", given)[1]
+    assert (recipe.lr_decay_epoch, recipe.images) == (None, None)
 
 
 SWEEP = [

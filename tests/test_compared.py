@@ -4,6 +4,7 @@ import copy
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -300,6 +301,12 @@ def test_the_recipes_train_a_network_that_solves_nothing(tmp_path, monkeypatch):
     again = python(*measure, "--module=mine")
     assert again.returncode == 0, again.stderr
     assert (run / "results.csv").read_bytes() == measured
+
+
+def test_a_setting_that_a_network_of_a_module_does_not_know(tmp_path):
+    arguments = f"--module benchmarks.compared --model mondeq_l_mnist --data sample --output {tmp_path / 'run'}"
+    done = python("recipes/train.py", *arguments.split(), "--stop", "certified")
+    assert re.search(r"^no mondeq_l_mnist: .* unexpected keyword argument 'stop'$", done.stderr)
 
 
 def test_a_module_that_is_none(refuse):

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from config import Config
-from distributed import Launcher, sum_over_processes, synchronize_batch_norm
+from distributed import sum_over_processes, synchronize_batch_norm
+from launcher import Launcher
 from processes import ROOT
 from recipe_runs import NAME, SHORT, free_port
 from torch.nn import functional as F

@@ -1,5 +1,6 @@
 """The states of a run: what is in them, and that nothing else is taken for one."""
 
+import errno
 import json
 import pickle
 import shutil
@@ -10,7 +11,7 @@ import pytest
 import torch
 import train
 from recipe_runs import SHORT
-from run_folder import newest_state, read_state, write_state
+from run_folder import locked, newest_state, read_state, record_launch, write_state
 
 from pcdeq_zoo.weights import sha256
 
@@ -34,6 +35,29 @@ def interrupted(tmp_path_factory) -> Path:
         with pytest.raises(KeyboardInterrupt):
             train.main()
     return output
+
+
+def test_who_trained_it_is_known_of_a_state_that_went_elsewhere(tmp_path):
+    state, elsewhere = tmp_path / "state", tmp_path / "elsewhere"
+    for folder in (state, elsewhere):
+        folder.mkdir()
+    first = {"commit": "a-dirty", "hardware": "2 CPU threads", "data": "there"}
+    second = {"commit": "b", "hardware": "2 CPU threads", "data": "here"}
+    record_launch(state, first, None)
+    record_launch(elsewhere, second, state)
+    wanted = {"commit": "a-dirty; b", "hardware": "2 CPU threads", "data": "here"}
+    assert json.loads((elsewhere / "run.json").read_text()) == wanted
+    record_launch(elsewhere, second, state)
+    assert json.loads((elsewhere / "run.json").read_text()) == wanted
+
+
+def test_a_file_system_without_locks_is_no_other_training(tmp_path, monkeypatch):
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(SystemExit, match=r"cannot lock .*: No locks available; give an --output on another file"):
+        locked(tmp_path).__enter__()
 
 
 def only_state(run: Path) -> Path:

@@ -1,5 +1,6 @@
 """Training: what a run leaves, that it can be repeated and killed, and what it refuses."""
 
+import contextlib
 import dataclasses
 import functools
 import io
@@ -150,23 +151,30 @@ def test_two_processes_give_what_one_gives(whole):
         assert first["train_top1"] == pytest.approx(second["train_top1"], abs=0.5)
 
 
-def test_a_launcher_that_is_ended_ends_its_training(tmp_path):
+@pytest.mark.parametrize("when", ["importing", "training"])
+def test_a_launcher_that_is_ended_ends_its_training(tmp_path, when: str):
     """SIGTERM to `accelerate launch` of one process does not reach its child."""
     run = tmp_path / "run"
     process = subprocess.Popen(
         command(f"{EVERYTHING}{run} --epochs 200"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    while not list(run.glob("state/epoch-*")):
+    launcher, started = psutil.Process(process.pid), False
+    while not started:
         assert process.poll() is None
         time.sleep(0.01)
-    (training,) = psutil.Process(process.pid).children(recursive=True)
+        if when == "training":
+            started = bool(list(run.glob("state/epoch-*")))
+        with contextlib.suppress(psutil.Error):  # it has children that end at once, too
+            mapped = (file.path for child in launcher.children() for file in child.memory_maps())
+            started |= when == "importing" and any("libtorch" in path for path in mapped)
+    (training,) = launcher.children(recursive=True)
     process.terminate()  # and not waited for, so that it stays as a zombie
     _, alive = psutil.wait_procs([training], timeout=60)
     for survivor in alive:
         survivor.kill()
     process.wait()
     assert not alive
-    assert list(run.glob("state/epoch-*"))
+    assert (when == "training") == bool(list(run.glob("state/epoch-*")))
     assert not (run / "model.safetensors").exists()
 
 
@@ -176,7 +184,7 @@ def test_a_run_goes_on_wherever_its_launcher_was_ended(run: Path, tmp_path, monk
     for done in (0, 1, 9, 3):  # more steps, of ten per epoch: the third time ends with the first epoch
         with monkeypatch.context() as patch:
             asked = iter(range(1000))
-            patch.setattr("train.Launcher.is_gone", lambda _, done=done, asked=asked: next(asked) == done)
+            patch.setattr("launcher.Launcher.is_gone", lambda _, done=done, asked=asked: next(asked) == done)
             said = refuse(train.main, flags)
         assert said == "accelerate launch was ended, and so is this; --resume goes on"
     settings = json.loads((other / "run.json").read_text())
@@ -194,7 +202,7 @@ def test_a_resumed_run_drops_what_it_would_have_dropped(tmp_path, monkeypatch, h
     here(train.main, f"{flags}{tmp_path / 'whole'}")
     with monkeypatch.context() as patch:
         asked = iter(range(1000))
-        patch.setattr("train.Launcher.is_gone", lambda _: next(asked) == 4)
+        patch.setattr("launcher.Launcher.is_gone", lambda _: next(asked) == 4)
         refuse(train.main, f"{flags}{tmp_path / 'broken'}")
     assert "resumed from" in here(train.main, f"{flags}{tmp_path / 'broken'} --resume")
     assert len({sha256(tmp_path / run / "model.safetensors") for run in ("whole", "broken")}) == 1

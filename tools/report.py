@@ -26,6 +26,7 @@ import timm
 from benchmarks import tables as benchmark
 from benchmarks.compare import RESULTS, SYSTEMS
 from benchmarks.compared import VARIANTS as OTHERS
+from benchmarks.tables import table
 from demo.equilibrium import approach, draw_approach, pcdeq_layers
 from pcdeq_zoo import DATASETS, VARIANTS, Variant
 from pcdeq_zoo.data import load, normalize
@@ -43,15 +44,15 @@ _NUMBERS = {"mnist": 1, "svhn": 2, "cifar": 3}
 def models() -> str:
     """All models: parameters, and test accuracy in the paper and of the default checkpoint."""
     shipped = checkpoints()
-    lines = ["| Model | Data | Parameters | Paper, % | Checkpoint, % |", "|---|---|--:|--:|--:|"]
+    rows = []
     for variant in VARIANTS.values():
         default = shipped.get(f"{variant.name}.{variant.default_recipe}")
         ours = "–"
         if default:
             ours = f"[{default.top1:.2f}]({default.file.relative_to(ROOT)}){_remark(default)}"
-        cells = f"`{variant.name}`", variant.dataset.title, f"{variant.parameters:,}", f"{variant.paper_accuracy}", ours
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        size, paper = f"{variant.parameters:,}", f"{variant.paper_accuracy}"
+        rows.append([f"`{variant.name}`", variant.dataset.title, size, paper, ours])
+    return table(["Model", "Data", "Parameters", "Paper, %", "Checkpoint, %"], rows)
 
 
 def _remark(checkpoint: Checkpoint) -> str:
@@ -61,18 +62,14 @@ def _remark(checkpoint: Checkpoint) -> str:
 
 def measured() -> str:
     """What was measured of each checkpoint that ships."""
-    lines = [
-        "| Checkpoint | Top-1, % | Paper, % | NLL, nats | Test images | Epochs | Seed | Evaluations of W, mean (max) |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
-    ]
+    columns = "Checkpoint|Top-1, %|Paper, %|NLL, nats|Test images|Epochs|Seed|Evaluations of W, mean (max)"
+    rows = []
     for name, checkpoint in checkpoints().items():
         row = checkpoint.row
-        top1 = f"{checkpoint.top1:.2f}{_remark(checkpoint)}"
-        lines.append(
-            f"| `{name}` | {top1} | {row['paper_top1']} | {row['nll']} | {int(row['n']):,} | {row['epochs']} "
-            f"| {row['seed']} | {row['evals_mean']} ({row['evals_max']}) |"
-        )
-    return "\n".join(lines)
+        top1, evaluations = f"{checkpoint.top1:.2f}{_remark(checkpoint)}", f"{row['evals_mean']} ({row['evals_max']})"
+        n = f"{int(row['n']):,}"
+        rows.append([f"`{name}`", top1, row["paper_top1"], row["nll"], n, row["epochs"], row["seed"], evaluations])
+    return table(columns.split("|"), rows)
 
 
 def paper_table(dataset: str) -> str:
@@ -83,8 +80,7 @@ def paper_table(dataset: str) -> str:
     found = comparison().get(dataset, {})
     time = f"At equal time, {found['minutes']:g} minutes, %" if found else "At equal time, %"
     columns = ["Method", "Parameters", "Paper, %", *recipes.values(), time]
-    lines = [f"| {' | '.join(columns)} |", "|---" + "|--:" * (len(columns) - 1) + "|"]
-    recorded = runs()
+    rows, recorded = [], runs()
     for variant in (*OTHERS.values(), *VARIANTS.values()):
         if variant.dataset.name != dataset:
             continue
@@ -95,8 +91,8 @@ def paper_table(dataset: str) -> str:
             count = f" ({len(top1)} runs)" if len(top1) > 1 else " (1 run)"
             none = "" if variant.name in OTHERS else "–"
             cells.append(f"{statistics.mean(top1):.2f}{spread}{count}" if top1 else none)
-        lines.append(f"| {' | '.join([*cells, _at_equal_time(found, variant)])} |")
-    return "\n".join(lines)
+        rows.append([*cells, _at_equal_time(found, variant)])
+    return table(columns, rows)
 
 
 def comparison() -> dict[str, Any]:
@@ -116,13 +112,13 @@ def equal_time() -> str:
     found = comparison()
     datasets = {name: DATASETS[name].title for name in _NUMBERS if name in found}
     columns = [f"{title}, {found[name]['minutes']:g} min" for name, title in datasets.items()]
-    lines = [f"| {' | '.join(['Test accuracy, %', *columns])} |", "|---" + "|--:" * len(columns) + "|"]
+    rows = []
     small = [variant for variant in SYSTEMS.values() if not variant.name.endswith("_large")]
     for paper_name in dict.fromkeys(variant.paper_name for variant in small):
         by_data = {variant.dataset.name: variant for variant in small if variant.paper_name == paper_name}
         cells = [_at_equal_time(found[name], by_data[name]) if name in by_data else "" for name in datasets]
-        lines.append(f"| {' | '.join([paper_name, *cells])} |")
-    return "\n".join(lines)
+        rows.append([paper_name, *cells])
+    return table(["Test accuracy, %", *columns], rows)
 
 
 def compared(dataset: str) -> str:
@@ -133,15 +129,15 @@ def compared(dataset: str) -> str:
 def robust() -> str:
     """What is proven of each checkpoint that was trained for it, beside attacks and the images as they are."""
     columns = "Checkpoint|Parameters|Epochs|ε|Clean, %|PGD, %|Linear, %|Intervals, %|Linear, not clipped, %|Hours"
-    lines = [f"|{columns}|", "|---" + "|--:" * columns.count("|") + "|"]
+    rows = []
     for name, checkpoint in checkpoints().items():
         row = checkpoint.row
         if row["eps"]:
             shares = ("top1", "pgd", "certified_linear", "certified_interval", "unclipped_linear")
             cells = [f"`{name}`", f"{checkpoint.variant.parameters:,}", row["epochs"], f"{float(row['eps']):.4g}"]
             cells += [f"{float(row[share]):.2f}" for share in shares]
-            lines.append(f"| {' | '.join([*cells, row['hours']])} |")
-    return "\n".join(lines)
+            rows.append([*cells, row["hours"]])
+    return table(columns.split("|"), rows)
 
 
 def groups() -> dict[str, dict[str, list[Checkpoint]]]:
@@ -319,10 +315,10 @@ def helps() -> dict[Path, str]:
 
 def updated(text: str) -> str:
     """`text` with every table replaced by the current one."""
-    for name, table in TABLES.items():
+    for name, make in TABLES.items():
         text = re.sub(
             rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)",
-            lambda m, t=table: f"{m[1]}\n{t()}\n\n{m[2]}",
+            lambda m, make=make: f"{m[1]}\n{make()}\n\n{m[2]}",
             text,
             flags=re.S,
         )

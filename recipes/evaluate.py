@@ -274,10 +274,10 @@ def main() -> None:
         parser.error(f"--batch-size must be above 0, got {args.batch_size}")
     if args.eps is not None and not 0 < args.eps <= 1:
         parser.error(f"--eps must be above 0 and at most 1, got {args.eps}")
-    if args.checkpoint and args.model.startswith(("hf-hub:", "local-dir:")):
-        parser.error(f"--checkpoint goes with a name in the zoo: {args.model} has weights of its own")
     if args.run and (args.checkpoint or args.output or args.eps):
         parser.error("--checkpoint, --eps and --output go with --model")
+    if args.checkpoint and args.model.startswith(("hf-hub:", "local-dir:")):
+        parser.error(f"--checkpoint goes with a name in the zoo: {args.model} has weights of its own")
     if args.output and (reason := _why_not(args.output)):
         parser.error(f"--output {args.output}: {reason}")
 

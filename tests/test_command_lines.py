@@ -151,6 +151,7 @@ EVALUATE = [
     (f"--model {NAME} --output FOLDER/link.csv", "there is something else of that name"),
     (f"--model {NAME} --output FOLDER/folder.csv", "there is something else of that name"),
     ("--run FOLDER", "is not a run of train.py: it has no run.json"),
+    ("--run FOLDER --checkpoint FOLDER/x", "--checkpoint, --eps and --output go with --model"),
     (f"--run FOLDER --model {NAME}", "argument --model: not allowed with argument --run"),
     ("", "one of the arguments --model --run is required"),
 ]

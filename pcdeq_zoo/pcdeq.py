@@ -430,13 +430,13 @@ def _create_pcdeq(variant: Variant, pretrained: bool = False, **kwargs: Any) -> 
         kwargs["pretrained_cfg_overlay"] = {**overlay, **verified}
     sizes = {"structure": variant.structure, "activation": variant.activation, "channels": variant.channels}
     arguments = {**sizes, **kwargs}
-    features = len(arguments["channels"]) if variant.structure == "mc" else 3
+    taps = range(len(arguments["channels"] or ()) if arguments["structure"] == "mc" else 3)
     return build_model_with_cfg(
         PcDEQ,
         variant.name,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": tuple(range(features)), "flatten_sequential": True},
+        feature_cfg={"out_indices": tuple(taps), "flatten_sequential": True},
         **arguments,
     )
 

@@ -355,8 +355,8 @@ class Training:
             write_state(self.config.output, name, self._tensors(), progress.state_dict())
         self.accelerator.wait_for_everyone()
 
-    def resume(self, folder: Path | None) -> None:
-        """Go back to a saved state and the log that it had, or to the beginning.
+    def resume(self, folder: Path | None, settings: dict[str, Any]) -> None:
+        """Go back to a saved state and the log that it had, or to the beginning, and note this launch in run.json.
 
         Raises:
             SystemExit: The state is damaged, or not of this run.
@@ -370,6 +370,8 @@ class Training:
                 reason = " ".join(str(error).split())
                 raise SystemExit(f"cannot resume from {folder}, it is not of this run: {reason}") from error
             self.accelerator.print(f"resumed from {folder}")
+        if self.accelerator.is_main_process:  # before the log, and not for a state that was refused
+            record_launch(self.config.output, settings, folder)
         if not self.accelerator.is_main_process:
             self.progress.sums = dict.fromkeys(self.progress.sums, 0.0)  # the saved sums are those of all processes
         elif folder:
@@ -506,14 +508,12 @@ def main() -> None:
             if config.report_to:
                 accelerator.init_trackers("tensorboard")
             accelerator.wait_for_everyone()
-            state = newest_state(output) if config.resume in (None, "latest") else Path(config.resume)
-            training.resume(state)
-            if accelerator.is_main_process:
-                record_launch(output, settings, state)
             accelerator.print(
                 f"{config.model} on {len(images)} of the {config.variant.dataset.sizes['train']} training images, "
                 f"{accelerator.num_processes} x {accelerator.device}: {recipe}"
             )
+            state = newest_state(output) if config.resume in (None, "latest") else Path(config.resume)
+            training.resume(state, settings)
             training.run()
             if accelerator.is_main_process:
                 training.write_weights()

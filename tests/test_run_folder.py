@@ -136,10 +136,13 @@ def test_a_state_that_is_not_what_was_written_is_refused(interrupted: Path, tmp_
     run = Path(shutil.copytree(interrupted, tmp_path / "run"))
     state = only_state(run)
     damage(state)
+    record = json.loads((run / "run.json").read_text()) | {"commit": "0123456789ab"}
+    (run / "run.json").write_text(json.dumps(record))
     line = refuse(train.main, f"{INTERRUPTED} --output {run} --resume")
     assert line.startswith(f"cannot resume from {state}, ")
     assert reason in line
     assert not (run / "model.safetensors").exists()
+    assert json.loads((run / "run.json").read_text()) == record  # this code has trained nothing of it
 
 
 def test_a_state_of_the_same_step_is_there_until_the_new_one_is(interrupted: Path, tmp_path, monkeypatch):

@@ -42,7 +42,7 @@ from benchmarks.run import interleaved, peak_memory, training_step
 from benchmarks.tables import compared
 from pcdeq_zoo import VARIANTS, DataError, Variant
 from pcdeq_zoo.data import DATA_ROOT_VARIABLE, DEFAULT_DATA_ROOT, load, normalize
-from pcdeq_zoo.files import replace_file
+from pcdeq_zoo.files import read_jsonl, replace_file
 from pcdeq_zoo.weights import read_rows
 
 ROOT = Path(__file__).parents[1]
@@ -167,7 +167,7 @@ class Harness:
         run = self.folder(variant, "time", candidate)
         row = result(run / "results.csv")
         assert row is not None
-        log, steps = (read_lines(run / name) for name in ("log.jsonl", "steps.jsonl"))
+        log, steps = (read_jsonl(run / name) for name in ("log.jsonl", "steps.jsonl"))
         found |= {"recipe": candidate.tag, "lr": candidate.lr, "top1": float(row["top1"])}
         found |= {"epochs": float(row["epochs"]), "updates": len(steps)}
         images = sum(line["images"] for line in log)
@@ -207,11 +207,6 @@ def result(path: Path) -> dict[str, str] | None:
         return None
     (found,) = read_rows(path)
     return found.row
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """What a log of a run says."""
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 def curve(steps: list[dict[str, Any]], seconds: float) -> list[tuple[float, float]]:

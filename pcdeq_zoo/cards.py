@@ -8,6 +8,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from pcdeq_zoo import __version__
 from pcdeq_zoo.activations import ACTIVATIONS
+from pcdeq_zoo.files import read_jsonl
 from pcdeq_zoo.variants import Recipe
 from pcdeq_zoo.weights import Checkpoint
 
@@ -192,7 +193,7 @@ def _robustness(checkpoint: Checkpoint) -> str:
 
 def model_card(checkpoint: Checkpoint, repository: str, tag: str) -> ModelCard:
     """Card of a checkpoint that ships, for a Hub repository and its tag; the same text for the same package."""
-    variant, row, log = checkpoint.variant, checkpoint.row, checkpoint.read_log()
+    variant, row, log = checkpoint.variant, checkpoint.row, read_jsonl(checkpoint.log)
     dataset, recipe = variant.dataset, checkpoint.recipe
     unconverged = sum(line["unconverged"] for line in log)
     metadata = ModelCardData(

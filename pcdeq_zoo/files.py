@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, and the bytes of weights."""
+"""Files that are either whole or not there, logs, and the bytes of weights."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 from torch import Tensor
 
-__all__ = ["replace_file", "sync_folder", "weights_bytes"]
+__all__ = ["read_jsonl", "replace_file", "sync_folder", "weights_bytes"]
 
 
 def replace_file(path: Path, content: bytes | str) -> None:
@@ -41,6 +42,11 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log, a JSON object each."""
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 def weights_bytes(state_dict: dict[str, Tensor], architecture: str) -> bytes:

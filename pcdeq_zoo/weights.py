@@ -14,7 +14,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
 import os
 import socket
 from collections.abc import Iterable
@@ -143,10 +142,6 @@ class Checkpoint:
     def content(self) -> str:
         """Size and sha256 of the weights that were measured, as `_content` gives them of a file."""
         return f"{self.row['bytes']} bytes with sha256 {self.row['sha256']}"
-
-    def read_log(self) -> list[dict[str, Any]]:
-        """The lines of its training log."""
-        return [json.loads(line) for line in self.log.read_text("utf-8").splitlines()]
 
 
 def checkpoints() -> dict[str, Checkpoint]:

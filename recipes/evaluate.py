@@ -38,6 +38,7 @@ from tqdm import tqdm
 from pcdeq_zoo import VARIANTS, DataError, Dataset, WeightsError, certify, pgd, record_solves
 from pcdeq_zoo.certificate import rounded_up
 from pcdeq_zoo.data import load, normalize
+from pcdeq_zoo.files import read_jsonl
 from pcdeq_zoo.weights import RESULT_COLUMNS, checkpoints, sha256, write_rows
 
 TRAINING_COLUMNS = ("model", "epochs", "seed", "commit", "hardware", "hours")  # of a results row; the rest is measured
@@ -157,7 +158,7 @@ def measure_run(
         raise SystemExit(f"{run} is of a network of {module}; say --module {module} to import that")
     try:
         variant, held_out = VARIANTS[settings["model"]], int(settings["hold_out"] or 0)
-        log = [json.loads(line) for line in (run / "log.jsonl").read_text("utf-8").splitlines()]
+        log = read_jsonl(run / "log.jsonl")
         known = {
             "model": f"{variant.name}.{settings['tag']}",
             # Where the time was given, what was done in it.

@@ -30,7 +30,7 @@ from benchmarks.tables import table
 from demo.equilibrium import approach, draw_approach, pcdeq_layers
 from pcdeq_zoo import DATASETS, VARIANTS, Variant
 from pcdeq_zoo.data import load, normalize
-from pcdeq_zoo.files import replace_file
+from pcdeq_zoo.files import read_jsonl, replace_file
 from pcdeq_zoo.weights import Checkpoint, checkpoints
 from tools.ship import log_of, runs
 
@@ -193,7 +193,7 @@ def draw(networks: dict[str, list[Checkpoint]], file: Path) -> None:
         ("Evaluations forward", lambda line: _mean_evaluations(line, "forward")),
         ("Evaluations backward", lambda line: _mean_evaluations(line, "backward")),
     ]
-    logs = {seeds[0].variant.activation: [_read_log(run) for run in seeds] for seeds in networks.values()}
+    logs = {seeds[0].variant.activation: [read_jsonl(log_of(run)) for run in seeds] for seeds in networks.values()}
     if all("largest_singular_value" in line for seeds in logs.values() for log in seeds for line in log):
         panels.append(("Largest singular value of W", lambda line: line["largest_singular_value"]))
     figure, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 2.8), layout="constrained")
@@ -276,10 +276,6 @@ def draw_comparison(found: dict[str, Any], file: Path) -> None:
 
 def _mean_evaluations(line: dict[str, Any], direction: str) -> float:
     return statistics.mean(value for key, value in line["evaluations"].items() if key.endswith(direction))
-
-
-def _read_log(run: Checkpoint) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in log_of(run).read_text("utf-8").splitlines()]
 
 
 def measurements() -> dict[str, Any]:

@@ -60,7 +60,10 @@ def newton(matrix: Tensor, u: Tensor, activation: str) -> Tensor:
     for _ in range(60):
         pre = z @ matrix.T + u
         jacobian = derivative(activation, pre)[:, :, None] * matrix
-        z = z - torch.linalg.solve(eye - jacobian, (z - SIGMA[activation](pre))[:, :, None])[:, :, 0]
+        step = torch.linalg.solve(eye - jacobian, (z - SIGMA[activation](pre))[:, :, None])[:, :, 0]
+        z = z - step
+        if step.abs().max() < 1e-12:  # its square is what is left
+            break
     assert (SIGMA[activation](z @ matrix.T + u) - z).abs().max() < 1e-13
     return z
 

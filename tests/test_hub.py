@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from pcdeq_zoo import DATASETS, VARIANTS, __version__
 from pcdeq_zoo.cards import model_card
 from pcdeq_zoo.data import load, normalize
+from pcdeq_zoo.files import read_jsonl
 from pcdeq_zoo.weights import NAMESPACE, Checkpoint, checkpoints, hub_digest, sha256
 
 OLD_HUB = hub_version.startswith("0.")
@@ -569,7 +570,7 @@ print(json.dumps([same, same_logits, loaded.num_classes, loaded.solver.tol, refu
 class TestCards:
     @pytest.mark.parametrize("checkpoint", checkpoints().values(), ids=list(checkpoints()))
     def test_card_says_what_was_measured(self, checkpoint: Checkpoint):
-        row, variant, log = checkpoint.row, checkpoint.variant, checkpoint.read_log()
+        row, variant, log = checkpoint.row, checkpoint.variant, read_jsonl(checkpoint.log)
         card = model_card(checkpoint, f"alice/{checkpoint.name}", "v7")
         accuracy, loss = card.data.eval_results
         assert accuracy.metric_value == pytest.approx(float(row["top1"]) / 100)

@@ -1,8 +1,8 @@
 """A pcDEQ layer for TorchScript, torch.export, ONNX and torch.compile(fullgraph=True): one graph with a loop in it.
 
-The loop of `pcdeq_zoo.solver` once more, with the same criterion and extrapolation (`pcdeq_zoo.series`), in what these
-compilers understand. It knows no certificate, and goes on to an estimated error of 0.003 `tol` instead: certified
-solves are far better than they can prove, and exported nets are to be no worse than they.
+The loop of `pcdeq_zoo.solver` once more, with the same extrapolation (`pcdeq_zoo.series`), in what these compilers
+understand. It knows no certificate, and goes on until the error is estimated, by the last rate alone, to be below 0.003
+`tol`: certified solves are far better than they can prove, and exported nets are to be no worse than they.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ class TraceableLoop(nn.Module):
             d1, d2, end = d1 / scale, d2 / scale, end / scale
             size1, size2 = torch.linalg.vector_norm(d1, dim=1), torch.linalg.vector_norm(d2, dim=1)
             change = size2 / torch.linalg.vector_norm(end, dim=1)
-            ends = (remaining_error(change, change_rate(size1, size2)) <= tol) | (change <= rounding)
+            settled = (change <= rounding) & ((d2.abs() - 4 * rounding * end).amax(dim=1) <= 0)
+            ends = (remaining_error(change, change_rate(size1, size2)) <= tol) | settled
             factor = aitken_factor(d1, d2, size1, [1]).masked_fill(size1 * scale[:, 0] > limit, 0.0)
             limit = torch.where(factor > 0, size2 * scale[:, 0], limit)
         new = torch.minimum((z2 + factor.view(per_sample) * (z2 - z1)).clamp(min=0.0), supremum)

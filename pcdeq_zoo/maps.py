@@ -94,14 +94,15 @@ class Pair:
         return self.size2 > 1e-15
 
     def rescaled(self) -> tuple[Pair, Tensor]:
-        """The same pair with its norms at a scale where no square leaves the range of floats, shape (N,), and that.
+        """The changes and z₂ at a scale where no square leaves the range of floats, shape (N,), and that scale.
 
         The squares of tiny or huge samples do, and a norm that vanished would read as convergence.
         """
         scale = torch.maximum(torch.maximum(self.z2.abs(), self.d2.abs()), self.d1.abs()).amax(self.dims, keepdim=True)
         scale.clamp_(min=1e-37)
-        pair, norm = copy.copy(self), torch.linalg.vector_norm
-        pair.size1, pair.size2, size = (norm(t / scale, dim=self.dims) for t in (self.d1, self.d2, self.z2))
+        pair = copy.copy(self)
+        pair.d1, pair.d2, pair.z2 = (t / scale for t in (self.d1, self.d2, self.z2))
+        pair.size1, pair.size2, size = (torch.linalg.vector_norm(t, dim=self.dims) for t in (pair.d1, pair.d2, pair.z2))
         pair._size, pair._change = size.clamp_(min=1e-30), None  # 0 is the size of a sample that is, and stays, 0
         scale = scale.flatten()
         if self.moved is not None:
@@ -134,6 +135,10 @@ class FixedPointMap:
     def project(self, z: Tensor) -> Tensor:
         """z, in place, onto where g is defined."""
         return z
+
+    def settled(self, pair: Pair) -> Tensor:
+        """Where a change is nothing but rounding, two units of the last place, and will not fall, shape (N,), bool."""
+        return pair.change <= 2 * torch.finfo(pair.z2.dtype).eps
 
     def restore(self, z: Tensor) -> Tensor:
         """The solution in its own units, in place."""
@@ -269,6 +274,14 @@ class EquilibriumMap(OperatorMap):
     def project(self, z: Tensor) -> Tensor:
         return z.clamp_(0, self.activation.supremum)
 
+    def settled(self, pair: Pair) -> Tensor:
+        # And unit by unit, as one that is tiny beside the others, and grows, does not show in a norm. Sums of positive
+        # numbers are exact to a few units of the last place, and σ makes no relative error larger.
+        settled = super().settled(pair)
+        if bool(settled.any()):
+            settled &= (pair.d2.abs() <= 8 * torch.finfo(pair.z2.dtype).eps * pair.z2).flatten(1).all(1)
+        return settled
+
     def slopes(self, z: Tensor) -> Tensor:
         """D = diag σ′(W z + x), not from reduced products: where p is large, a small share of it is much of σ′(p)."""
         return self.activation.derivative(z if self.activation.slope_of_output else self.argument(z))
@@ -349,6 +362,10 @@ class FunctionMap(FixedPointMap):
         if version is not None and z._version != version:
             raise ValueError("step must return a new tensor, got one that changes what it is given in place")
         return new
+
+    def settled(self, pair: Pair) -> Tensor:
+        # And to and fro: nobody knows how long such a map may go on as it does.
+        return super().settled(pair) & ((pair.d1 * pair.d2).sum(pair.dims) <= 0)
 
     def pair(self, z: Tensor, before: Pair | None = None, full: Tensor | None = None) -> Pair:
         z1 = self._evaluate(z)

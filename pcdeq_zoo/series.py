@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-__all__ = ["aitken_factor", "amplification", "change_rate", "remaining_error"]
+__all__ = ["aitken_factor", "change_rate", "remaining_error"]
 
 
 def change_rate(size1: Tensor, size2: Tensor) -> Tensor:
@@ -16,14 +16,9 @@ def change_rate(size1: Tensor, size2: Tensor) -> Tensor:
     return (size2 / size1.clamp(min=1e-37)).nan_to_num(0.0)
 
 
-def amplification(rate: Tensor) -> Tensor:
-    """1 / (1 − r), how many times its first term a series is, shape (N,); at most 10⁴, also where it is none."""
-    return (1 - rate).clamp(min=1e-4).reciprocal()
-
-
 def remaining_error(change: Tensor, rate: Tensor) -> Tensor:
-    """‖d₂‖ r / (1 − r), for the change ‖d₂‖ in any unit, shape (N,)."""
-    return change * rate * amplification(rate)
+    """‖d₂‖ r / (1 − r), for the change ‖d₂‖ in any unit, shape (N,); no series, r ≥ 1, leaves all there is."""
+    return change * rate / (1 - rate).clamp(min=1e-37)
 
 
 def aitken_factor(d1: Tensor, d2: Tensor, size1: Tensor, dims: list[int]) -> Tensor:

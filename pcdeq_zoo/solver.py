@@ -25,7 +25,7 @@ from torch import Tensor
 from pcdeq_zoo.certificate import Witness, error_bound, find_witness
 from pcdeq_zoo.maps import EquilibriumMap, FixedPointMap, FunctionMap, Pair, per_sample
 from pcdeq_zoo.operators import CoarseConvolution, full_precision
-from pcdeq_zoo.series import aitken_factor, amplification, change_rate, remaining_error
+from pcdeq_zoo.series import aitken_factor, change_rate, remaining_error
 from pcdeq_zoo.solution import OnFailure, Solution, Status
 
 __all__ = ["Solver", "Stop", "solve"]
@@ -66,13 +66,11 @@ def estimated(map_: FixedPointMap, pair: Pair, number: int, tol: float, before: 
     """
     rates = (change_rate(pair.size1, pair.size2), *(before.rates[:2] if before else ()))
     rate = functools.reduce(torch.maximum, rates)
-    # Two units of the last place are rounding, which does not fall.
-    settled = pair.change <= 2 * torch.finfo(pair.change.dtype).eps
-    left = torch.where(settled, pair.change, remaining_error(pair.change, rate))
+    left = torch.where(map_.settled(pair), pair.change, remaining_error(pair.change, rate))
     rounding = _rounding(map_, pair)
     if rounding is None:
         return Verdict(left, rates=rates)
-    rounding = rounding * amplification(rate)
+    rounding = rounding / (1 - rate).clamp(min=1e-4)  # and not more than that while changes grow
     return Verdict(left.hypot(rounding), rounding, rates)
 
 

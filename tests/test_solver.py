@@ -1,6 +1,7 @@
 """The loop: when a sample stops, what is told of it, and that no sample changes another."""
 
 import contextlib
+import math
 import sys
 import threading
 import warnings
@@ -54,6 +55,24 @@ def test_estimated_stop_bounds_the_error_of_a_geometric_series():
         # z* − z_k = rᵏ z*: the error is known exactly, and so is the first even k at which it is small enough.
         k = next(k for k in range(2, 2000, 2) if r**k <= 1e-5 * (1 - r**k))
         assert solution.evaluations[i] == k
+
+
+@pytest.mark.parametrize("exported", [False, True])
+@pytest.mark.parametrize("kind", [PcDEQLinear, PcDEQConv2d])
+def test_a_tiny_unit_that_grows_is_waited_for(kind: type[PcDEQLinear | PcDEQConv2d], exported: bool):
+    """One unit is at 6 at once, the other begins at 1e-7, which is rounding beside 6, and ends there, too."""
+    layer = kind(2, "relu6", **({"kernel_size": 1} if kind is PcDEQConv2d else {}))
+    layer.set_weight(torch.tensor([[0.2, 0.0], [0.0, 1.5]]).view(layer.direction.shape))
+    u = torch.tensor([6.0, math.log(math.expm1(5e-7)) / 5]).view(1, 2, *[1] * (layer.direction.ndim - 2))
+    net = torch.export.export(layer, (u,)).module() if exported else layer
+    torch.testing.assert_close(net(u), torch.full_like(u, 6.0))
+
+
+@pytest.mark.parametrize("rate", [1.0, 1 + 1e-8, 1 - 1e-6])
+def test_changes_that_hardly_fall_leave_much_to_go(rate: float):
+    step = lambda z: z + 1e-9 if rate == 1 else 1 + rate * (z - 1)  # noqa: E731
+    solution = solve(step, torch.full((1, 1), 0.99, dtype=torch.float64), stop="estimated")
+    assert solution.status == Status.MAX_EVALUATIONS
 
 
 def test_what_changes_by_rounding_alone_is_done():
@@ -431,7 +450,7 @@ def test_a_fall_to_zero_is_finite():
 
 
 def test_changes_that_grow_at_first_do_not_end_the_acceleration():
-    """tanh(5 z + x) from a small x: the changes grow until the curve bends; there was nothing to give up."""
+    """tanh(1.5 z + x) from a small x: the changes grow until the curve bends; there was nothing to give up."""
     start = torch.full((1, 1), 1e-4, dtype=torch.float64)
     step = lambda z: torch.tanh(1.5 * z + 1e-4)  # noqa: E731
     plain, accelerated = (solve(step, start, tol=1e-10, max_evals=2000, accelerate=a) for a in (False, True))

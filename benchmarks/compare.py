@@ -38,10 +38,10 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.compared import VARIANTS as OTHERS
-from benchmarks.run import interleaved, peak_memory, training_step
+from benchmarks.run import SVHN_IMAGES, data_folder, interleaved, peak_memory, training_step
 from benchmarks.tables import compared
 from pcdeq_zoo import VARIANTS, DataError, Variant
-from pcdeq_zoo.data import DATA_ROOT_VARIABLE, DEFAULT_DATA_ROOT, load, normalize
+from pcdeq_zoo.data import load, normalize
 from pcdeq_zoo.files import read_jsonl, replace_file
 from pcdeq_zoo.weights import read_rows
 
@@ -54,7 +54,6 @@ SYSTEMS: dict[str, Variant] = {**OTHERS, **{name: VARIANTS[name] for name in OUR
 
 MINUTES = {"mnist": 12.0, "svhn": 12.0, "cifar": 25.0}
 HELD_OUT = {"mnist": 5000, "svhn": 434, "cifar": 5000}
-SVHN_IMAGES = 4434
 RATES = (1 / 3, 1, 3)
 TRIAL_SHARE = 1 / 4
 EQUAL_EPOCHS = ["--limit-train=3000", "--epochs=4"]
@@ -90,7 +89,7 @@ class Harness:
         flags += [f"--save-every={10 if variant.structure == 'ode' else 200}", "--log-every=1"]
         if variant.dataset.name == "svhn":
             flags += [f"--images={SVHN_IMAGES}"]
-        if folder := data_of(variant, self.data):
+        if folder := data_folder(variant.dataset, self.data):
             flags += [f"--data={folder}"]
         return flags
 
@@ -160,7 +159,7 @@ class Harness:
         found: dict[str, Any] = {"parameters": variant.parameters}
         if variant.name not in OURS:
             found["trials"] = {str(candidate): top1 for candidate, top1 in self.trials(variant).items()}
-        failures = [path.read_text("utf-8").strip() for path in self.runs.glob(f"{variant.name}.*.failed")]
+        failures = [path.read_text("utf-8").strip() for path in sorted(self.runs.glob(f"{variant.name}.*.failed"))]
         found["failed_runs"] = failures
         if (candidate := self.trained(variant)) is None:
             return found
@@ -192,15 +191,6 @@ def candidates(variant: Variant) -> list[Candidate]:
     return [Candidate(tag, float(f"{recipe.lr * rate:.3g}")) for tag, recipe in recipes for rate in RATES]
 
 
-def data_of(variant: Variant, data: str | None) -> str | None:
-    """--data of a run: for SVHN the folder of its first digits, where there is one."""
-    root = Path(data or os.environ.get(DATA_ROOT_VARIABLE, DEFAULT_DATA_ROOT))
-    first = root / f"svhn_first_{SVHN_IMAGES}"
-    if variant.dataset.name == "svhn" and first.is_dir():
-        return str(first)
-    return data and str(root / variant.dataset.folder)
-
-
 def result(path: Path) -> dict[str, str] | None:
     """The row of a finished run."""
     if not path.exists():
@@ -228,7 +218,7 @@ def costs(names: list[str], harness: Harness, rounds: int) -> dict[str, dict[str
     steps, runs = {}, {}
     for name in names:
         variant = SYSTEMS[name]
-        images, labels = load(variant.dataset, "train", data_of(variant, harness.data))
+        images, labels = load(variant.dataset, "train", data_folder(variant.dataset, harness.data))
         x, y = normalize(images[:BATCH], variant.dataset), labels[:BATCH]
         candidate = harness.trained(variant)
         recipe = variant.recipes[(candidate or candidates(variant)[0]).tag]

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.tables import tables
-from pcdeq_zoo.files import replace_file
+from pcdeq_zoo.files import read_jsonl, replace_file
 
 ROOT = Path(__file__).parents[1]
 OUTPUT = ROOT / "runs" / "gpu"
@@ -53,7 +53,7 @@ def train(device: str) -> dict[str, Any]:
     status, seconds = python("recipes/train.py", *arguments, *(["--cpu"] if device == "cpu" else []))
     result: dict[str, Any] = {"model": TRAINED, "passed": status == 0, "seconds": seconds}
     if status == 0:
-        result["log"] = json.loads((run / "log.jsonl").read_text())
+        result["log"] = read_jsonl(run / "log.jsonl")
     return result
 
 

@@ -23,6 +23,7 @@ import copy
 import importlib.util
 import json
 import math
+import os
 import platform
 import statistics
 import subprocess
@@ -42,8 +43,8 @@ from tqdm import tqdm
 
 from benchmarks.baselines import BASELINES, Baseline, baseline, released
 from benchmarks.tables import tables
-from pcdeq_zoo import VARIANTS, PcDEQ, PcDEQConv2d, PcDEQLinear, enclosure, project, record_solves
-from pcdeq_zoo.data import load, normalize
+from pcdeq_zoo import VARIANTS, DataError, Dataset, PcDEQ, PcDEQConv2d, PcDEQLinear, enclosure, project, record_solves
+from pcdeq_zoo.data import DATA_ROOT_VARIABLE, DEFAULT_DATA_ROOT, load, normalize
 from pcdeq_zoo.files import replace_file
 from pcdeq_zoo.weights import checkpoints
 
@@ -77,8 +78,20 @@ GRADIENTS = 3
 ENCLOSED = 16  # images that unit errors are taken of
 
 
+SVHN_IMAGES = 4434
+
+
+def data_folder(dataset: Dataset, root: str | None) -> str | None:
+    """--data of a data set, for a folder of several; for SVHN that of its first digits, where there is one."""
+    known = Path(root or os.environ.get(DATA_ROOT_VARIABLE, DEFAULT_DATA_ROOT))
+    first = known / f"svhn_first_{SVHN_IMAGES}"
+    if dataset.name == "svhn" and first.is_dir():
+        return str(first)
+    return root and str(known / dataset.folder)
+
+
 def trained(name: str, data: str | None) -> PcDEQ:
-    """The zoo's checkpoint, or one of 400 training steps."""
+    """The zoo's checkpoint, or one of 400 training steps, on data of that folder."""
     if any(checkpoint.variant.name == name for checkpoint in checkpoints().values()):
         return timm.create_model(name, pretrained=True)
     run = ROOT / "runs" / "benchmark" / name
@@ -215,7 +228,7 @@ def peak_flops(device: torch.device) -> float:
 
 
 def measure(name: str, data: str | None, rounds: int, peak: float, device: torch.device) -> dict[str, Any]:
-    """All measures of one net."""
+    """All measures of one net, on data of that folder."""
     model = trained(name, data).to(device)
     dataset = VARIANTS[name].dataset
     pixels, labels = load(dataset, "train", data)
@@ -257,7 +270,7 @@ def measure(name: str, data: str | None, rounds: int, peak: float, device: torch
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nets", nargs="+", choices=list(VARIANTS), metavar="NET", help=f"default: {', '.join(NETS)}")
-    parser.add_argument("--data", help="as for recipes/train.py")
+    parser.add_argument("--data", help="folder with the data sets (default: $PCDEQ_ZOO_DATA)")
     parser.add_argument("--device", default="cpu", help="default: cpu")
     parser.add_argument("--authors", type=Path, metavar="DIR", help="measure against this checkout of their code too")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds; one more is not counted")
@@ -295,7 +308,11 @@ def main() -> None:
     }
     output = args.output or (ROOT / "benchmarks" / "results.json" if whole else None)
     for name in tqdm(args.nets or NETS, disable=None):
-        document["nets"][name] = measure(name, args.data, args.rounds, peak, device)
+        try:
+            data = data_folder(VARIANTS[name].dataset, args.data)
+            document["nets"][name] = measure(name, data, args.rounds, peak, device)
+        except DataError as error:
+            raise SystemExit(f"no data: {error}") from error
         print(tables({**document, "nets": {name: document["nets"][name]}}), flush=True)
     if output:  # whole: its means are over all nets
         replace_file(output, json.dumps(document, indent=1) + "\n")

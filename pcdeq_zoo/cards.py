@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from pcdeq_zoo import __version__
 from pcdeq_zoo.activations import ACTIVATIONS
 from pcdeq_zoo.files import read_jsonl
+from pcdeq_zoo.solver import Solver
 from pcdeq_zoo.variants import Recipe
 from pcdeq_zoo.weights import Checkpoint
 
@@ -94,10 +95,10 @@ solution = layer.solve(torch.randn(8, {features}))  # value, status, evaluations
 ## Solver, and what is guaranteed
 
 The equilibrium of every sample exists, is unique, and does not depend on its batch mates (beyond float rounding). By
-default it is solved to an estimated relative error of 3e-4. With `stop="certified"` (`tol={tol:g}`, at most 200
-evaluations) every unit is proven to be within {tol:.1%} of it, relative, in float32; a solve that does not get there
-warns or raises. So on the test set the largest proven error was {bound_max}; an image took {evals} evaluations of W on
-average in the pcDEQ layer{plural}, and {evals_max} at most.
+default it is solved to an estimated relative error of {default_tol:g}. With `stop="certified"` (`tol={tol:g}`, at most
+{max_evals} evaluations) every unit is proven to be within {tol:.1%} of it, relative, in float32; a solve that does not
+get there warns or raises. So on the test set the largest proven error was {bound_max}; an image took {evals}
+evaluations of W on average in the pcDEQ layer{plural}, and {evals_max} at most.
 
 ## Training
 
@@ -194,7 +195,7 @@ def _robustness(checkpoint: Checkpoint) -> str:
 def model_card(checkpoint: Checkpoint, repository: str, tag: str) -> ModelCard:
     """Card of a checkpoint that ships, for a Hub repository and its tag; the same text for the same package."""
     variant, row, log = checkpoint.variant, checkpoint.row, read_jsonl(checkpoint.log)
-    dataset, recipe = variant.dataset, checkpoint.recipe
+    dataset, recipe, defaults = variant.dataset, checkpoint.recipe, Solver()
     unconverged = sum(line["unconverged"] for line in log)
     metadata = ModelCardData(
         license="apache-2.0",
@@ -231,6 +232,8 @@ def model_card(checkpoint: Checkpoint, repository: str, tag: str) -> ModelCard:
         features=", ".join(
             map(str, variant.channels[:1] + (() if variant.structure == "l" else dataset.input_size[1:]))
         ),
+        default_tol=defaults.tol,
+        max_evals=defaults.max_evals,
         tol=float(row["tol"]),
         bound_max=row["bound_max"],
         evals=row["evals_layers"].replace("/", ", "),

@@ -172,6 +172,8 @@ def as_digit(picture: Image) -> tuple[Tensor, str]:
     scale = 20 / max(cut.size)
     cut = cut.resize((max(1, round(scale * cut.width)), max(1, round(scale * cut.height))), Image.Resampling.BOX)
     mass = np.asarray(cut, dtype=np.float64)
+    if not mass.any():
+        raise DataError("there are but specks in the picture; wanted one digit on a plain ground")
     middle = (mass.sum(axis) @ np.arange(mass.shape[1 - axis]) / mass.sum() for axis in (0, 1))
     left, top = (round(13.5 - place) for place in middle)
     canvas = Image.new("L", (28, 28))

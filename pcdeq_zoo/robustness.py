@@ -375,15 +375,15 @@ def pgd(
         width = (box.upper - box.lower) / 2
         logits = model(best).detach()
         labels = _labels(labels, len(best), logits.shape[1], best.device).clone()
-        least_margin = _logit_margin(logits, labels)
+        least = _logit_margin(logits, labels)
         for _ in range(restarts):
             x = torch.rand(best.shape, generator=generator, dtype=best.dtype).to(best.device)
             x = torch.lerp(box.lower, box.upper, x)
             for step in range(steps + 1):
                 x = torch.minimum(torch.maximum(x.detach(), box.lower), box.upper).requires_grad_()
                 margin = _logit_margin(model(x), labels)
-                better = margin.detach() < least_margin
-                best[better], least_margin[better] = x.detach()[better], margin.detach()[better]
+                better = margin.detach() < least
+                best[better], least[better] = x.detach()[better], margin.detach()[better]
                 if step < steps:
                     (gradient,) = torch.autograd.grad(margin.sum(), x)
                     x = x - (1 + math.cos(math.pi * step / steps)) / 2 * width * gradient.sign()

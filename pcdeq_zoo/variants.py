@@ -71,7 +71,9 @@ class Recipe:
     ema_decay: float = setting("of the average of the weights that is saved; 0: none", 0.0, at_least=0, below=1)
     stop: Stop | None = setting("criterion of the solves, see `Solver`", "residual")
     tol: float = setting("tolerance of the solves", 1e-4, above=0)
-    images: int | None = setting("take the first so many training images; none for all", None, above=0, below=2**31)
+    images: int | None = setting(
+        "the first so many of the data set, held out ones included; none: all", None, above=0, below=2**31
+    )
     eps: float = setting(
         "change of all pixels, on the scale of [0, 1], to be robust to; 0: none", 0.0, at_least=0, below=1
     )
@@ -123,8 +125,8 @@ class Variant:
         paper_accuracy: Published test accuracy in percent.
         recipes: How it is trained, by the tag of its checkpoints: "paper" as in the paper's Tables 5-7, "zoo" ours,
             "robust_..." ours against changes of the pixels by that much, "zoo4434" ours of the first 4,434 images.
-        default_recipe: Tag of the default checkpoint: what did better on held-out training images where both were tried
-            (see MODEL_CARD.md), else "paper".
+        default_recipe: Tag of the default checkpoint: of "paper" and "zoo" the one that did better on held-out training
+            images (see MODEL_CARD.md); of SVHN "zoo4434".
     """
 
     name: str

@@ -42,7 +42,9 @@ class Config:
         "bf16: products in bfloat16, equilibria in float32 (default: accelerate's)", None
     )
     seed: int = setting("of the weights, of the order of the images, of their augmentation", 0, at_least=0, below=2**32)
-    limit_train: int | None = setting("train on the first N images only", None, above=0, below=2**31, metavar="N")
+    limit_train: int | None = setting(
+        "train on the first N images only, none of them held out", None, above=0, below=2**31, metavar="N"
+    )
     hold_out: int | None = setting(
         "measure on the last N training images, and leave the test set alone", None, above=0, below=2**31, metavar="N"
     )

@@ -11,6 +11,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+# Apple's GPUs know no float64, in which sums are kept and rounding is bounded.
+NEEDS_CPU = torch.backends.mps.is_available()
+
 
 def check_launch(accelerator: Accelerator, processes: int | None) -> None:
     """Refuse what accelerate 1.15 does without a word: other numbers of processes or gradients, fp16 that is float32.

@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from config import HelpFormatter, import_module, train_slices
+from distributed import NEEDS_CPU
 from run_folder import read_record
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -115,6 +116,7 @@ def evaluate_robustness(
     quiet = None if progress else True
     device = next(model.parameters()).device
     totals: dict[str, int] = defaultdict(int)
+    batch_size = min(batch_size, 100)  # linear bounds of all classes take the memory of ten times as many
     generator = torch.Generator().manual_seed(0)
     for start in tqdm(range(0, len(images), batch_size), desc="robustness", leave=False, disable=quiet):
         x = normalize(images[start : start + batch_size].to(device), dataset)
@@ -184,7 +186,7 @@ def measure_run(
     measured = evaluate(model, variant.dataset, images, labels, batch_size, progress)
     if eps := settings["recipe"].get("eps"):
         as_created = timm.create_model(variant.name, **create).to(device)
-        measured |= evaluate_robustness(as_created, variant.dataset, images, labels, eps, progress=progress)
+        measured |= evaluate_robustness(as_created, variant.dataset, images, labels, eps, batch_size, progress)
     row = results_row(model, measured, known)
     write_rows(run / ("held_out.csv" if held_out else "results.csv"), [row])
     return row
@@ -282,7 +284,8 @@ def main() -> None:
     if args.output and (reason := _why_not(args.output)):
         parser.error(f"--output {args.output}: {reason}")
 
-    accelerator = Accelerator(mixed_precision="no")  # what is measured is float32, whatever accelerate is set to
+    # What is measured is float32, whatever accelerate is set to.
+    accelerator = Accelerator(cpu=NEEDS_CPU, mixed_precision="no")
     if not accelerator.is_main_process:
         return
     try:
@@ -312,9 +315,8 @@ def main() -> None:
             if args.eps:
                 as_created = timm.create_model(args.model, pretrained=True, pretrained_cfg_overlay=overlay)
                 as_created.to(accelerator.device)
-                batch_size = min(args.batch_size, 100)
                 measured |= evaluate_robustness(
-                    as_created, dataset, images, labels, args.eps, batch_size, progress=True
+                    as_created, dataset, images, labels, args.eps, args.batch_size, progress=True
                 )
             if args.output:
                 # How it was trained is copied only if these are, to the byte, weights that ship.

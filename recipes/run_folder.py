@@ -34,7 +34,7 @@ from torch import Tensor
 from pcdeq_zoo.files import replace_file, sync_folder
 
 _STATE_NAME = re.compile(r"epoch-\d{4,}-step-\d{6,}(-\d+)?")
-_TEMPORARY_PREFIX = ".writing-"
+_PARTIAL_PREFIX = ".partial-"  # a state that is being written, or removed
 _DIGESTS = "digests.json"
 _RECORDS = ("run.json", "log.jsonl")  # of the run, kept with each state as they were
 
@@ -116,21 +116,20 @@ def compare_settings(settings: dict[str, Any], record: Path) -> None:
 
 
 def record_launch(output: Path, settings: dict[str, Any], state: Path | None) -> None:
-    """Write run.json; for a run that goes on add what it goes on with, "1 CPU thread; 2 CPU threads".
+    """Write run.json; for a run that goes on add to what its state was trained by, "1 CPU thread; 2 CPU threads".
 
     Args:
         output: The run's folder.
         settings: Of this launch.
         state: What it goes on from, maybe of another folder; None if it starts.
     """
-    records = [output / "run.json", *([state / "run.json"] if state else [])]
-    if before := next((read_record(record) for record in records if record.exists()), None):
-        settings = dict(settings)
+    if state:
+        before, settings = read_record(state / "run.json"), dict(settings)
         for key in ("commit", "hardware"):
             if settings[key] not in (known := str(before.get(key)).split("; ")):
                 known.append(settings[key])
             settings[key] = "; ".join(known)
-    replace_file(records[0], json.dumps(settings, indent=1) + "\n")
+    replace_file(output / "run.json", json.dumps(settings, indent=1) + "\n")
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
@@ -184,8 +183,8 @@ def write_state(output: Path, name: str, tensors: dict[str, dict[str, Tensor]], 
     """
     folder = output / "state"
     folder.mkdir(exist_ok=True)
-    for unfinished in folder.glob(f"{_TEMPORARY_PREFIX}*"):  # by a process that was killed; this one has the lock
-        shutil.rmtree(unfinished)
+    for partial in folder.glob(f"{_PARTIAL_PREFIX}*"):  # of a process that was killed; this one has the lock
+        shutil.rmtree(partial)
     contents = {
         f"{group}.safetensors": safetensors.torch.save({key: value.cpu().contiguous() for key, value in part.items()})
         for group, part in tensors.items()
@@ -195,12 +194,13 @@ def write_state(output: Path, name: str, tensors: dict[str, dict[str, Tensor]], 
     digests = {file: hashlib.sha256(content).hexdigest() for file, content in contents.items()}
     contents[_DIGESTS] = json.dumps(digests, indent=1).encode()
 
-    temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY_PREFIX, dir=folder))
+    temporary = Path(tempfile.mkdtemp(prefix=_PARTIAL_PREFIX, dir=folder))
     for file, content in contents.items():
         with (temporary / file).open("xb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
+    temporary.chmod(0o755)  # mkdtemp's is for its owner only
     sync_folder(temporary)
     before = _states(folder)
     taken = {state.name for state in before}  # this name too, where the run went on from that state and comes by again
@@ -208,7 +208,7 @@ def write_state(output: Path, name: str, tensors: dict[str, dict[str, Tensor]], 
     temporary.rename(folder / next(free for free in names if free not in taken))
     sync_folder(folder)
     for state in before:
-        shutil.rmtree(state)
+        _remove(state)
 
 
 def read_state(state: Path) -> State:
@@ -232,16 +232,23 @@ def read_state(state: Path) -> State:
         reason = f"it has no {Path(error.filename).name}"
     except (ValueError, KeyError, TypeError, AttributeError, OSError, SafetensorError) as error:
         reason = f"{type(error).__name__}: {error}"
-    raise SystemExit(f"cannot resume from {state}, {reason}; remove it to start the run again")
+    raise SystemExit(f"cannot resume from {state}, {reason}; remove it, and --resume again")
 
 
 def remove_states(output: Path) -> None:
     """Remove the states of a finished run; whatever else is beside them stays."""
     folder = output / "state"
-    for state in [*_states(folder), *folder.glob(f"{_TEMPORARY_PREFIX}*")]:
-        shutil.rmtree(state)
+    for state in _states(folder):
+        _remove(state)
+    for partial in folder.glob(f"{_PARTIAL_PREFIX}*"):
+        shutil.rmtree(partial)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
+
+
+def _remove(state: Path) -> None:
+    """Remove a state so that no part of it is ever taken for one."""
+    shutil.rmtree(state.rename(state.with_name(_PARTIAL_PREFIX + state.name)))
 
 
 def _states(folder: Path) -> list[Path]:

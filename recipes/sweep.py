@@ -42,15 +42,14 @@ def commands(
     runs: Path, models: list[str], recipe: str | None, seeds: list[int], threads: int, extra: list[str]
 ) -> dict[Path, list[str]]:
     """The command of each run, by its folder."""
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
-    launcher += ["--mixed_precision=no", "--dynamo_backend=no", f"--num_cpu_threads_per_process={threads}", str(TRAIN)]
+    train = ["env", f"OMP_NUM_THREADS={threads}", sys.executable, str(TRAIN), "--mixed-precision=no"]
     found = {}
     for seed in seeds:
         for model in models:
             tag = recipe or VARIANTS[model].default_recipe
             output = runs / f"{model}.{tag}.seed{seed}"
             settings = [f"--model={model}", f"--recipe={tag}", f"--seed={seed}", f"--output={output}", "--resume"]
-            found[output] = [*launcher, *settings, *extra]
+            found[output] = [*train, *settings, *extra]
     return found
 
 
@@ -118,6 +117,8 @@ def main() -> None:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(_running):
                 process.terminate()
+            for process in list(_running):
+                process.wait()
     if failed := done.count(False):
         raise SystemExit(f"{failed} of {len(done)} runs failed")
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from launcher import LAUNCHER
+from ending import ENDING
 
 if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:  # at once: what follows takes seconds to import
     print(Path(__file__).with_suffix(".txt").read_text("utf-8"), end="")
@@ -46,7 +46,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from config import Config, parse, train_slices
-from distributed import check_launch, hardware, sum_over_processes, synchronize_batch_norm
+from distributed import NEEDS_CPU, check_launch, hardware, sum_over_processes, synchronize_batch_norm
 from evaluate import measure_run
 from progress import Progress
 from run_folder import (
@@ -178,7 +178,16 @@ class Training:
     # --- the loop ---
 
     def run(self) -> None:
-        """Train from where it is to the end."""
+        """Train from where it is to the end.
+
+        Raises:
+            SystemExit: It was asked to end, or diverges.
+        """
+        with ENDING.awaited():
+            self._train()
+            self._end_if_asked()
+
+    def _train(self) -> None:
         progress = self.progress
         while not self.is_done():
             steps = self.steps()
@@ -186,11 +195,7 @@ class Training:
             self._clock = time.perf_counter()
             with self._bar(len(steps)) as bar:
                 while progress.step < len(steps) and not self.is_done():
-                    if LAUNCHER.is_gone():
-                        # Of several processes others may be at another step, and cannot be asked.
-                        if self.accelerator.num_processes == 1 and progress.updates:
-                            self.save()
-                        raise SystemExit("accelerate launch was ended, and so is this; --resume goes on")
+                    self._end_if_asked()
                     passes = self.passes(len(steps))
                     for group in self.optimizer.param_groups:
                         group["lr"] = self.recipe.learning_rate(passes)
@@ -215,6 +220,13 @@ class Training:
                 break  # the time is up
             progress.next_epoch()
             self.save()
+
+    def _end_if_asked(self) -> None:
+        if reason := ENDING.reason():
+            # Of several processes others may be at another step, and cannot be asked.
+            if self.accelerator.num_processes == 1 and self.progress.updates:
+                self.save()
+            raise SystemExit(f"{reason}; --resume goes on")
 
     def is_done(self) -> bool:
         """Whether all epochs are done, or the time is up."""
@@ -483,7 +495,10 @@ def main() -> None:
     output = config.output
     try:
         accelerator = Accelerator(
-            cpu=config.cpu, mixed_precision=config.mixed_precision, log_with=config.report_to, project_dir=output
+            cpu=config.cpu or NEEDS_CPU,
+            mixed_precision=config.mixed_precision,
+            log_with=config.report_to,
+            project_dir=output,
         )
     except ValueError as error:  # a setting in the environment or its config
         raise SystemExit(f"accelerate: {' '.join(str(error).split())}") from error

@@ -120,11 +120,12 @@ def test_train_under_settings_of_accelerate(tmp_path, variable: str, value: str,
     assert not (tmp_path / "run").exists()
 
 
-def test_evaluation_is_float32_whatever_accelerate_is_set_to(monkeypatch, here):
+def test_evaluation_is_float32_whatever_accelerate_is_set_to(here):
+    """In a process of its own, as above."""
     arguments = f"--model {NAME} --data sample"
-    wanted = here(evaluate.main, arguments)
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "foo")
-    assert here(evaluate.main, arguments) == wanted
+    set_to = os.environ | {"ACCELERATE_MIXED_PRECISION": "bf16"}
+    done = python("recipes/evaluate.py", *arguments.split(), env=set_to)
+    assert done.stdout == here(evaluate.main, arguments)
 
 
 EVALUATE = [

@@ -163,6 +163,13 @@ def test_a_digit_on_any_plain_ground(ground: float, ink: float):
     assert told.endswith("dark on light, inverted" if ink < ground else "light on dark")
 
 
+def test_specks_are_no_digit():
+    pixels = np.full((3000, 3000), 255, np.uint8)
+    pixels[100, 100] = pixels[2900, 2500] = 0
+    with pytest.raises(DataError, match="specks in the picture; wanted one digit"):
+        as_digit(Image.fromarray(pixels))
+
+
 @pytest.mark.parametrize("shape", [(2, 1, 32, 32), (2, 32, 32), (2, 32, 32, 3)])
 def test_other_channels_are_not_broadcast(shape: tuple[int, ...]):
     with pytest.raises(ValueError, match=r"CIFAR-10 images are \(N, 3, H, W\), got "):

@@ -3,6 +3,7 @@
 import copy
 import gc
 import math
+import pickle
 import warnings
 import weakref
 
@@ -490,6 +491,11 @@ def test_deepcopy_and_pickle_before_and_after_a_forward(tmp_path):
     clone = PcDEQConv2d(3, "tanh", solver=layer.solver, dtype=torch.float64)
     clone.load_state_dict(torch.load(tmp_path / "layer.pt", weights_only=True))
     assert torch.equal(clone(x), layer(x))
+    with torch.no_grad():
+        layer.direction[0, 0] = -1.0
+    unpickled = pickle.loads(pickle.dumps(layer))
+    assert torch.equal(unpickled(x), layer(x))
+    assert (unpickled.direction >= 0).all()
 
 
 def test_linear_layer_takes_any_sample_shape():

@@ -44,11 +44,13 @@ def test_who_trained_it_is_known_of_a_state_that_went_elsewhere(tmp_path):
     first = {"commit": "a-dirty", "hardware": "2 CPU threads", "data": "there"}
     second = {"commit": "b", "hardware": "2 CPU threads", "data": "here"}
     record_launch(state, first, None)
-    record_launch(elsewhere, second, state)
+    record_launch(elsewhere, second | {"commit": "c"}, None)  # trained nothing of what goes on here
     wanted = {"commit": "a-dirty; b", "hardware": "2 CPU threads", "data": "here"}
-    assert json.loads((elsewhere / "run.json").read_text()) == wanted
-    record_launch(elsewhere, second, state)
-    assert json.loads((elsewhere / "run.json").read_text()) == wanted
+    for _ in range(2):
+        record_launch(elsewhere, second, state)
+        assert json.loads((elsewhere / "run.json").read_text()) == wanted
+    record_launch(elsewhere, second, None)
+    assert json.loads((elsewhere / "run.json").read_text()) == second
 
 
 def test_a_file_system_without_locks_is_no_other_training(tmp_path, monkeypatch):
@@ -159,6 +161,17 @@ def test_a_state_of_the_same_step_is_there_until_the_new_one_is(interrupted: Pat
     def no_power(*_: object) -> None:
         raise OSError("no power")
 
+    def power_fails_while_removing(state: Path, **_: object) -> None:
+        (state / "digests.json").unlink()
+        raise OSError("no power")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", power_fails_while_removing)
+        with pytest.raises(OSError, match="no power"):
+            write_state(run, state.name, before.tensors, before.progress)  # one that is sorted before the other
+    again = newest_state(run)
+    assert read_state(again).progress == before.progress
+
     monkeypatch.setattr(Path, "rename", no_power)
     with pytest.raises(OSError, match="no power"):
         write_state(run, again.name, before.tensors, before.progress)
@@ -170,7 +183,7 @@ def test_what_is_beside_the_states_stays(interrupted: Path, tmp_path, monkeypatc
     run = Path(shutil.copytree(interrupted, tmp_path / "run"))
     (run / "state" / "notes.txt").touch()
     (run / "state" / "my-backup").mkdir()
-    (run / "state" / ".writing-x").mkdir()
+    (run / "state" / ".partial-x").mkdir()
     monkeypatch.setattr(sys, "argv", ["train.py", *INTERRUPTED.split(), f"--output={run}", "--resume"])
     train.main()
     assert sorted(file.name for file in (run / "state").iterdir()) == ["my-backup", "notes.txt"]

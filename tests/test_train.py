@@ -26,6 +26,7 @@ from config import Config
 from PIL import Image
 from processes import ROOT, python
 from recipe_runs import NAME, SHORT, command, launch, log_of, row_of
+from run_folder import newest_state
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
@@ -186,11 +187,14 @@ def test_a_run_goes_on_wherever_its_launcher_was_ended(run: Path, tmp_path, monk
     for done in (0, 1, 9, 3):  # more steps, of ten per epoch: the third time ends with the first epoch
         with monkeypatch.context() as patch:
             asked = iter(range(1000))
-            patch.setattr("launcher.Launcher.is_gone", lambda _, done=done, asked=asked: next(asked) == done)
+            patch.setattr("ending.Ending.reason", lambda _, done=done, asked=asked: "so" * (next(asked) == done))
             said = refuse(train.main, flags)
-        assert said == "accelerate launch was ended, and so is this; --resume goes on"
-    settings = json.loads((other / "run.json").read_text())
-    (other / "run.json").write_text(json.dumps({**settings, "commit": "0123456789ab"}))
+        assert said == "so; --resume goes on"
+    record = newest_state(other) / "run.json"
+    settings = json.loads(record.read_text())
+    record.write_text(json.dumps({**settings, "commit": "0123456789ab"}))
+    digests = record.with_name("digests.json")
+    digests.write_text(json.dumps({**json.loads(digests.read_text()), "run.json": sha256(record)}))
     here(train.main, flags)
     assert sha256(other / "model.safetensors") == sha256(run / "model.safetensors")
     assert json.loads((other / "run.json").read_text())["commit"] == f"0123456789ab; {settings['commit']}"
@@ -381,11 +385,10 @@ def test_a_sweep_that_is_ended_ends_its_runs(tmp_path):
     while not (tmp_path / "runs" / "pcdeq1_l_tanh_mnist.zoo.seed0" / "log.jsonl").exists():
         assert sweeping.poll() is None
         time.sleep(0.01)
-    family = psutil.Process(sweeping.pid).children(recursive=True)
-    assert len(family) == 2  # the launcher and what it launched
+    (training,) = psutil.Process(sweeping.pid).children(recursive=True)
     sweeping.terminate()
     assert "the sweep was ended, and so are its runs; start it again to go on" in sweeping.communicate()[1]
-    _, alive = psutil.wait_procs(family, timeout=60)
-    for survivor in alive:
-        survivor.kill()
-    assert not alive
+    assert not training.is_running()
+    console = (tmp_path / "runs" / "pcdeq1_l_tanh_mnist.zoo.seed0.txt").read_text()
+    assert console.endswith("this was ended by SIGTERM; --resume goes on\n")
+    assert newest_state(tmp_path / "runs" / "pcdeq1_l_tanh_mnist.zoo.seed0")

@@ -26,13 +26,15 @@ import os
 import platform
 import random
 import re
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
+import psutil
 import timm
 import torch
 from tqdm import tqdm
@@ -235,6 +237,15 @@ def costs(names: list[str], harness: Harness, rounds: int) -> dict[str, dict[str
     return found
 
 
+def end(*_: object) -> NoReturn:
+    """End with all trainings, which a signal to this process does not reach."""
+    trainings = psutil.Process().children()
+    for training in trainings:
+        training.terminate()
+    psutil.wait_procs(trainings)
+    raise SystemExit("this was ended, and so are its trainings; start it again to go on")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("systems", nargs="*", default=["*"], metavar="GLOB", help="names; default: all")
@@ -258,6 +269,7 @@ def main() -> None:
     harness = Harness(args.runs, args.share, args.data)
     trained = [SYSTEMS[name] for name in names if not name.endswith("_large")]
     random.Random(0).shuffle(trained)  # what else is on the machine at a time hits any of them
+    signal.signal(signal.SIGTERM, end)
     with ThreadPoolExecutor(args.jobs) as pool:
         list(tqdm(pool.map(harness.system, trained), total=len(trained), desc="systems", disable=None))
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import timm
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 import train
 from processes import ROOT, python
 from recipe_runs import log_of
+from run_folder import newest_state
 from torch import Tensor, nn
 
 from benchmarks.compare import BREAKDOWN, MINUTES, SYSTEMS, Candidate, Harness, candidates, curve
@@ -349,6 +351,21 @@ def test_a_harness_says_what_broke_down_and_takes_the_rest(tmp_path, monkeypatch
     with pytest.raises(SystemExit, match=rf"time-published-0\.003 ended, start this again to go on: {said}$"):
         harness.train(variant, "time", Candidate("published", 0.003))
     assert harness.collect(variant)["failed_runs"] == found["failed_runs"]
+
+
+def test_a_harness_that_is_ended_ends_its_trainings(tmp_path, whole_test_set):
+    whole_test_set("mnist")  # or skip
+    arguments = ["-m", "benchmarks.compare", "mondeq_l_mnist", f"--runs={tmp_path}"]
+    harness = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob("*/steps.jsonl")):
+        assert harness.poll() is None
+        time.sleep(0.01)
+    (training,) = psutil.Process(harness.pid).children()
+    harness.terminate()
+    assert "this was ended, and so are its trainings; start it again to go on" in harness.communicate()[1]
+    assert not training.is_running()
+    assert newest_state(next(tmp_path.glob("*/"))) is not None
+    assert not list(tmp_path.glob("*.failed"))
 
 
 @pytest.mark.parametrize(

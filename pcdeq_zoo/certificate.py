@@ -108,8 +108,8 @@ def find_witness(map_: EquilibriumMap, z: Tensor, p: Tensor, y: Tensor, attempt:
 def error_bound(map_: EquilibriumMap, pair: Pair, witness: Witness, tol: float) -> Tensor:
     """Largest relative error of a unit of z₂, shape (N,): |z₂ − z*| ≤ bound · z₂.
 
-    Infinite where there is no witness, NaN where an entry is. Where γ alone, amplified, exceeds `tol`, one evaluation
-    in float64 takes its place; float32's actual errors are several times smaller.
+    Infinite where there is no witness, NaN where an entry is. Where γ alone, amplified, exceeds `tol`, of float32 one
+    evaluation in float64 takes its place; float32's actual errors are several times smaller.
 
     Args:
         map_: The map.
@@ -130,11 +130,12 @@ def error_bound(map_: EquilibriumMap, pair: Pair, witness: Witness, tol: float) 
     bound = bound.masked_fill(pair.size2.isnan(), math.nan)
     # Once the iteration has nothing more to gain (its share is small beside the rest), ask a better evaluation.
     rounding_limited = witness.found & (bound > tol) & (error < 0.1 * bound)
-    if bool(rounding_limited.any()):
+    if map_.u.dtype != torch.float64 and bool(rounding_limited.any()):
         rows = rounding_limited.nonzero()[:, 0]
-        z = pair.z2[rows]
-        error = ((map_[rows].double()(z.double()) - z).abs() / witness.w[rows]).amax(pair.dims) * spread[rows]
-        error = error / (1 - rate[rows])
+        exact, z, w = map_[rows].double(), pair.z2[rows].double(), witness.w[rows]
+        value = exact(z)
+        distance = (value - z).abs() + rounding_error(exact, worst_case=True) * value
+        error = (distance / w).amax(pair.dims) * spread[rows] / (1 - rate[rows])
         bound[rows] = error.to(bound.dtype) + 4 * torch.finfo(bound.dtype).eps  # of `lower` and `upper`
     return bound
 
@@ -165,11 +166,12 @@ def enclosure(layer: PcDEQLinear | PcDEQConv2d, x: Tensor, *, tol: float = 1e-9,
         max_evals: Most evaluations from either side.
 
     Raises:
-        ValueError: An input with NaN or infinity, which has no equilibrium.
+        ValueError: An input or W with NaN or infinity, which has no equilibrium.
     """
-    if bad := int((~x.isfinite()).sum()):
-        raise ValueError(f"the input has {bad} entries that are NaN or infinite, and so no equilibrium to enclose")
     map_ = layer.fixed_point_map(x).double()
+    for name, values in (("the input", x), ("W", map_.operator.weight)):
+        if bad := int((~values.isfinite()).sum()):
+            raise ValueError(f"{name} has {bad} entries that are NaN or infinite, and so no equilibrium to enclose")
     margin = rounding_error(map_, worst_case=True)
     with full_precision(x.device):
         lower = map_(torch.zeros_like(map_.x)) * (1 - margin)

@@ -1,8 +1,8 @@
 """Sound intervals of all outputs of a module over a box of inputs, in floating point.
 
 Each rule bounds what its module computes in exact arithmetic, from its parameters as stored, for every input in the
-box. Rounding errors are bounded by their worst case, n u for a sum of n terms with u the unit roundoff (Higham,
-Accuracy and Stability of Numerical Algorithms, 2002, chapter 3), and added to the width; those inside a pcDEQ layer are
+box. Rounding errors are bounded by their worst case, n u for a sum of n products in any order, with u the unit roundoff
+(Jeannerod and Rump, SIAM J. Matrix Anal. Appl. 34, 2013), and added to the width; those inside a pcDEQ layer are
 covered by its certificate (docs/certificate.md). Gradients flow through all of it.
 """
 
@@ -41,14 +41,21 @@ def has_own_hull(module: nn.Module) -> bool:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether nothing of this one instance changes what its class computes."""
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    """Whether nothing of this one instance changes what its class computes: no hook, and no method of its own."""
+    own = (name for name, value in vars(module).items() if callable(value) and hasattr(type(module), name))
+    return not (module._forward_hooks or module._forward_pre_hooks or any(own))
+
+
+def _is_sequential(module: nn.Module) -> bool:
+    kind, base = type(module), nn.Sequential
+    same = kind.forward is base.forward and kind.__call__ is base.__call__
+    return same and kind.__iter__ is base.__iter__  # type: ignore[attr-defined]
 
 
 def _why_not(module: nn.Module) -> str:
     """Why there are no bounds of a module, or nothing. A subclass may compute something else than its base."""
-    if not _is_plain(module):
-        return "it has hooks, or a forward of its own"
+    if not all(map(_is_plain, module.modules())):
+        return "it has hooks, or methods of its own"
     if has_own_hull(module):
         return ""
     if type(module) not in _KINDS:
@@ -94,7 +101,7 @@ def _modules(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
         yield from _modules(module.features, "features")
         for part in _HEAD:
             yield from _modules(getattr(module.head, part), f"head.{part}")
-    elif type(module).forward is nn.Sequential.forward and _is_plain(module):
+    elif _is_sequential(module) and _is_plain(module):
         for part, child in module._modules.items():  # not named_children, which leaves out what comes again
             if child is not None:
                 yield from _modules(child, f"{name}.{part}".strip("."))
@@ -212,13 +219,16 @@ def affine(module: nn.Module, x: Tensor, clean: Tensor | None = None) -> Affine 
             mean, variance = clean.mean(axes), clean.var(axes, correction=0)
         assert mean is not None
         assert variance is not None
-        shape = (-1, *[1] * (x.ndim - 2))
-        scale = torch.rsqrt(variance + module.eps)
-        scale = scale if module.weight is None else scale * module.weight
-        bias = mean.new_zeros(()) if module.bias is None else module.bias
-        shift = (bias - mean * scale).view(shape)
-        scale, offset = scale.view(shape), (bias.abs() + (mean * scale).abs()).view(shape)
-        return Affine(lambda x: x * scale + shift, lambda x: x * scale.abs(), offset, 1, 1)
+        if bool((variance < 0).any()):
+            raise ValueError(f"there are no bounds of {module}: its running_var is below 0, {variance.min():g}")
+        mean, shape = mean.double(), (-1, *[1] * (x.ndim - 2))
+        scale = torch.rsqrt(variance.double() + module.eps)
+        scale = scale if module.weight is None else scale * module.weight.double()
+        bias = mean.new_zeros(()) if module.bias is None else module.bias.double()
+        values = scale, bias - mean * scale, bias.abs() + (mean * scale).abs()
+        scale, shift, offset = (value.to(x.dtype).view(shape) for value in values)
+        spread = scale.abs() + 2 * torch.finfo(x.dtype).tiny / rounding(x, 1)  # a scale may underflow, and x be huge
+        return Affine(lambda x: x * scale + shift, lambda x: x * spread, offset, 1, 1)
     if isinstance(module, nn.AvgPool2d | nn.AdaptiveAvgPool2d) or (
         isinstance(module, SelectAdaptivePool2d) and module.pool_type == "avg"
     ):

@@ -247,16 +247,11 @@ class _PcDEQLayer(TraceableLoop):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
         if any(size < 1 for size in weight_shape):
             raise ValueError(f"layer sizes must be at least 1, got {weight_shape}")
         if solver is not None and not isinstance(solver, Solver):
             raise TypeError(f"solver must be a Solver or None, got {solver!r}")
         self.activation = activation
-        self.sigma = ACTIVATIONS[activation].function
-        self.kind = ACTIVATIONS[activation].pcdeq
-        self.supremum = ACTIVATIONS[activation].supremum
         self.exportable = False
         self.solver = Solver() if solver is None else solver
         rows = (weight_shape[0], *[1] * (len(weight_shape) - 1))
@@ -318,6 +313,12 @@ class _PcDEQLayer(TraceableLoop):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
             raise AttributeError(f"layer.weight cannot be assigned: {_WEIGHT_HINT}")
+        if name == "activation":
+            if value not in ACTIVATIONS:
+                raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {value!r}")
+            # What compilers see of it.
+            record = ACTIVATIONS[value]
+            self.sigma, self.kind, self.supremum = record.function, record.pcdeq, record.supremum
         super().__setattr__(name, value)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:

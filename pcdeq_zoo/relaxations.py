@@ -19,7 +19,7 @@ from pcdeq_zoo.layers import PcDEQConv2d, PcDEQLinear
 from pcdeq_zoo.maps import LinearizedMap
 from pcdeq_zoo.solver import solve
 
-__all__ = ["Functional", "least", "step_back"]
+__all__ = ["Functional", "least", "rounded", "step_back"]
 
 # Of the adjoint solves, relative. What they leave open is taken off the bound, so it makes it tighter, not more sound.
 _TOL = 1e-5
@@ -60,6 +60,18 @@ def _sum(*terms: Tensor) -> Tensor:
     return sum(terms[1:], terms[0]) - rounding(terms[0], len(terms)) * sum(term.abs() for term in terms)
 
 
+def _underflow(box: Box, terms: int) -> Tensor:
+    """What coefficients lose on a box if so many products of each vanish: at most 0, shape (N, 1), float64."""
+    return -2 * terms * torch.finfo(box.lower.dtype).tiny * box.magnitude.double().flatten(1).sum(1, keepdim=True)
+
+
+def rounded(functional: Functional, box: Box) -> Functional:
+    """Less what the rounding of each coefficient, the only one up to here, may take on a box."""
+    coefficients, constant = functional
+    lost = _dot(-coefficients.abs(), rounding(coefficients, 0) * box.magnitude)
+    return Functional(coefficients, _sum(constant, lost, _underflow(box, 1)))
+
+
 def least(functional: Functional, box: Box) -> Tensor:
     """The least value of functionals on a box, or less, shape (N, R), float64."""
     coefficients, constant = functional
@@ -80,7 +92,7 @@ def step_back(module: nn.Module, functional: Functional, box: Box, outputs: Box)
     if has_own_hull(module):  # whatever it is a subclass of
         return _hull(functional, box, outputs)
     if isinstance(module, nn.MaxPool2d) and not module.ceil_mode:
-        return _max_pool(module, functional, box)
+        return _max_pool(module, functional, box, outputs)
     if isinstance(module, nn.ReLU):
         return _through(functional, _tangent(module, box, "below"), _chord(module, box, "above"), box)
     if isinstance(module, nn.Tanh | nn.Sigmoid | nn.Softsign | nn.ReLU6 | nn.Hardtanh):
@@ -108,7 +120,8 @@ def _affine(form: Affine, functional: Functional, box: Box) -> Functional:
     offset = outputs.detach().unflatten(0, a.shape[:2])[:, 0]
     terms = max(form.terms, min(form.transposed_terms, a.shape[2:].numel()))
     slack = rounding(a, terms) * form.magnitude(box.magnitude) + TINY
-    return Functional(back.unflatten(0, a.shape[:2]), _sum(constant, _dot(a, offset), _dot(-a.abs(), slack)))
+    constant = _sum(constant, _dot(a, offset), _dot(-a.abs(), slack), _underflow(box, terms))
+    return Functional(back.unflatten(0, a.shape[:2]), constant)
 
 
 def _through(functional: Functional, below: Line, above: Line, box: Box) -> Functional:
@@ -116,8 +129,8 @@ def _through(functional: Functional, below: Line, above: Line, box: Box) -> Func
     a, constant = functional
     up, down = a.clamp(min=0), a.clamp(max=0)
     back = up * below.slope[:, None] + down * above.slope[:, None]
-    rounded = _dot(-back.abs(), rounding(a, 0) * box.magnitude + TINY)
-    return Functional(back, _sum(constant, _dot(up, below.intercept), _dot(down, above.intercept), rounded))
+    constant = _sum(constant, _dot(up, below.intercept), _dot(down, above.intercept))
+    return rounded(Functional(back, constant), box)
 
 
 def _intercept(values: Tensor, slope: Tensor, at: Tensor, reach: Tensor, side: Side) -> Tensor:
@@ -158,7 +171,7 @@ def _parallels(function: Callable[[Tensor], Tensor], box: Box) -> tuple[Line, Li
     return Line(slope, below), Line(slope, _intercept(function(box.upper), slope, box.upper, zero, "above"))
 
 
-def _max_pool(module: nn.MaxPool2d, functional: Functional, box: Box) -> Functional:
+def _max_pool(module: nn.MaxPool2d, functional: Functional, box: Box, outputs: Box) -> Functional:
     """A window's maximum is at least any of its entries, and at most a chord in the one that reaches highest.
 
     max(x_j, t) is convex in x_j, for t the next highest end.
@@ -169,6 +182,8 @@ def _max_pool(module: nn.MaxPool2d, functional: Functional, box: Box) -> Functio
         return F.max_pool2d(x, module.kernel_size, module.stride, module.padding, module.dilation, return_indices=True)
 
     (_, likely), (highest, reaching), (magnitude, _) = pool(box.center), pool(box.upper), pool(box.magnitude)
+    if bool(highest.isneginf().any()):  # a window of padding alone, by a dilation
+        return _hull(functional, box, outputs)
     pads = module.padding if isinstance(module.padding, tuple) else (module.padding, module.padding)
     padded = F.pad(box.upper, (pads[1], pads[1], pads[0], pads[0]), value=-torch.inf)
     windows = F.unfold(padded.flatten(0, 1)[:, None], module.kernel_size, module.dilation, stride=module.stride)
@@ -182,7 +197,7 @@ def _max_pool(module: nn.MaxPool2d, functional: Functional, box: Box) -> Functio
     for coefficients, entries in ((up, likely), (down * above.slope[:, None], reaching)):
         back.scatter_add_(3, entries.flatten(2)[:, None].expand(-1, a.shape[1], -1, -1), coefficients.flatten(3))
     slack = rounding(a, 2 * (windows.shape[1] - 1)) * magnitude + TINY
-    constant = _sum(constant, _dot(down, above.intercept), _dot(-a.abs(), slack))
+    constant = _sum(constant, _dot(down, above.intercept), _dot(-a.abs(), slack), _underflow(box, 1))
     return Functional(back.view(*a.shape[:3], *box.lower.shape[2:]), constant)
 
 
@@ -231,6 +246,7 @@ def _equilibrium(layer: PcDEQLinear | PcDEQConv2d, functional: Functional, box: 
             _dot(-q, rounding(q, 0) * line.slope * p.upper),  # of k, and of the sum with the other one
             _dot((sign * r).clamp(min=0), z.lower),
             _dot((sign * r).clamp(max=0) - lost, z.upper),
+            _underflow(p, 1) + _underflow(z, w.terms),
         )
         back += sign * k
     known = back.flatten(2).isfinite().all(2) & constant.isfinite()

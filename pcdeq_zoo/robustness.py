@@ -8,6 +8,7 @@ and its other parameters as they are: docs/robustness.md.
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from pcdeq_zoo.intervals import TINY, Box, interval, modules_in_order, rounding
 from pcdeq_zoo.operators import full_precision
 from pcdeq_zoo.pcdeq import PcDEQ, check_images
-from pcdeq_zoo.relaxations import Functional, least, step_back
+from pcdeq_zoo.relaxations import Functional, least, rounded, step_back
 from pcdeq_zoo.solver import Solver
 from pcdeq_zoo.transforms import in_channels_last
 
@@ -87,8 +88,8 @@ def pixel_box(model: nn.Module, images: Tensor, eps: float, *, clip: bool = True
         ValueError: An eps outside [0, 1], pixels that are not finite, or outside of [0, 1] where they are clipped, or
             images of another number of channels than the config's mean.
     """
-    if not 0 <= eps <= 1:
-        raise ValueError(f"eps is the largest change of a pixel on the scale of [0, 1], so from 0 to 1; got {eps}")
+    if isinstance(eps, bool) or not isinstance(eps, numbers.Real) or not 0 <= eps <= 1:
+        raise ValueError(f"eps is the largest change of a pixel on the scale of [0, 1], so from 0 to 1; got {eps!r}")
     if images.ndim != 4 or images.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"images must be (N, C, H, W), float32 or float64, got {images.dtype} of shape {tuple(images.shape)}"
@@ -124,17 +125,10 @@ def pixel_box(model: nn.Module, images: Tensor, eps: float, *, clip: bool = True
 
 def _near(model: nn.Module, images: Tensor | Box, eps: float | None, clip: bool, inner: bool = False) -> Box:
     """What is near images, of a model that takes them."""
+    _check(images)
     if isinstance(images, Box):
         if eps is not None:
             raise ValueError(f"a Box says by itself what is near; leave eps out, got {eps}")
-        lower, upper = images
-        if lower.shape != upper.shape or lower.dtype != upper.dtype or not bool((lower <= upper).all()):
-            raise ValueError(
-                f"a Box needs lower ≤ upper, of one shape and dtype; got {lower.dtype} of {tuple(lower.shape)} and "
-                f"{upper.dtype} of {tuple(upper.shape)}"
-            )
-        if not bool((lower.isfinite() & upper.isfinite()).all()):
-            raise ValueError("a Box needs finite ends, got NaN or infinity")
         box = images
     else:
         if eps is None:
@@ -143,6 +137,22 @@ def _near(model: nn.Module, images: Tensor | Box, eps: float | None, clip: bool,
     if isinstance(model, PcDEQ):
         check_images(box.lower, model.in_chans, model.img_size)
     return Box(*map(_arranged, box))
+
+
+def _check(images: Tensor | Box) -> None:
+    if isinstance(images, Tensor):
+        return
+    if not isinstance(images, Box):
+        raise TypeError(f"images must be a tensor, or a Box of what is near them, got {type(images).__name__}")
+    lower, upper = images
+    same = lower.shape == upper.shape and lower.dtype == upper.dtype
+    if not same or lower.dtype not in (torch.float32, torch.float64) or not bool((lower <= upper).all()):
+        raise ValueError(
+            f"a Box needs lower ≤ upper, of one shape, both float32 or float64; got {lower.dtype} of "
+            f"{tuple(lower.shape)} and {upper.dtype} of {tuple(upper.shape)}"
+        )
+    if not bool((lower.isfinite() & upper.isfinite()).all()):
+        raise ValueError("a Box needs finite ends, got NaN or infinity")
 
 
 def _arranged(images: Tensor) -> Tensor:
@@ -162,6 +172,8 @@ def _parts(model: nn.Module, like: Tensor) -> list[tuple[str, nn.Module]]:
                 f"images and parameters must have one dtype and device: {like.dtype} on {like.device}, and {name} is "
                 f"{value.dtype} on {value.device}"
             )
+        if not bool(value.isfinite().all()):
+            raise ValueError(f"{name} has entries that are NaN or infinite: nothing can be proven of such a model")
     return modules
 
 
@@ -207,8 +219,11 @@ def interval_bounds(model: nn.Module, images: Tensor | Box, eps: float | None = 
     return box
 
 
-def _margin_functional(classifier: nn.Linear, labels: Tensor) -> Functional:
+def _margin_functional(classifier: nn.Linear, labels: Tensor, inputs: Box) -> Functional:
     """logit[label] − logit[k] as functionals of the classifier's inputs: coefficients (N, K, F), constant (N, K)."""
+    if inputs.lower.ndim != 2:
+        shape = tuple(inputs.lower.shape)
+        raise ValueError(f"the last layer of a classifier takes (N, F), and gets {shape}: put nn.Flatten before it")
     weight, bias = classifier.weight, classifier.bias
     bias = weight.new_zeros(len(weight)) if bias is None else bias
     constant = bias[labels][:, None] - bias
@@ -245,7 +260,7 @@ def forward_with_margins(
         if isinstance(module, nn.Dropout) and module.training and module.p > 0:
             raise ValueError(f"bounds and images would not share what {name}, {module}, drops; set its p to 0")
         box, clean = interval(module, box, clean=clean), module(clean)
-    coefficients, constant = _margin_functional(classifier, labels)
+    coefficients, constant = _margin_functional(classifier, labels, box)
     center = torch.einsum("nkf,nf->nk", coefficients, box.center)
     radius = torch.einsum("nkf,nf->nk", coefficients.abs(), box.radius)
     return classifier(clean), center - radius + constant
@@ -283,8 +298,9 @@ def certify(
     """
     if method not in get_args(Method):
         raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
+    _check(images)
     like = images.lower if isinstance(images, Box) else images
     count, device = len(like), like.device
     first = _near(model, _rows(images, slice(0, batch_size)), eps, clip)
@@ -316,8 +332,8 @@ def _margins(
     boxes = [box]
     for _, module in modules[:-1]:
         boxes.append(interval(module, boxes[-1], _PROVEN))
-    functional = _margin_functional(classifier, labels)
-    functional = functional._replace(constant=functional.constant.double())
+    coefficients, constant = _margin_functional(classifier, labels, boxes[-1])
+    functional = rounded(Functional(coefficients, constant.double()), boxes[-1])
     margins = _proven(least(functional, boxes[-1]))
     by_intervals = least_margin(margins, labels) > 0
     left = (~by_intervals).nonzero()[:, 0]

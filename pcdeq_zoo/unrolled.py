@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pcdeq_zoo.activations import ACTIVATIONS
+from pcdeq_zoo.activations import ACTIVATIONS, INPUT_FLOOR
 from pcdeq_zoo.intervals import modules_in_order
 from pcdeq_zoo.layers import PcDEQConv2d, PcDEQLinear
 from pcdeq_zoo.pooling import CompactMaxPool2d
@@ -24,10 +24,11 @@ class _Unrolled(nn.Module):
     def __init__(self, layer: PcDEQLinear | PcDEQConv2d, evaluations: int) -> None:
         super().__init__()
         self.activation, self.kind, self.evaluations = layer.activation, layer.kind, evaluations
-        self.register_buffer("weight", layer.weight.detach().as_subclass(Tensor).clone())
+        weight = layer.weight.detach().as_subclass(Tensor).clone()
+        self.register_buffer("weight", weight.to(layer.direction.dtype))
 
     def forward(self, u: Tensor) -> Tensor:
-        x = F.softplus(5 * u) / 5 if self.kind == 1 else F.relu(u)
+        x = F.softplus(5 * u) / 5 + INPUT_FLOOR if self.kind == 1 else F.relu(u)
         z = self._sigma(x)
         for _ in range(self.evaluations - 1):
             z = self._sigma(self._product(z) + x)
@@ -88,10 +89,17 @@ def unrolled(model: nn.Module, evaluations: int) -> nn.Sequential:
     if isinstance(evaluations, bool) or not isinstance(evaluations, int) or evaluations < 1:
         raise ValueError(f"evaluations must be an integer of at least 1, got {evaluations!r}")
     modules: list[nn.Module] = []
-    for _, module in modules_in_order(model):
-        if isinstance(module, PcDEQLinear | PcDEQConv2d):
+    for name, module in modules_in_order(model):
+        if type(module) is PcDEQLinear or type(module) is PcDEQConv2d:
             modules.append(_Unrolled(module, evaluations))
-        elif isinstance(module, CompactMaxPool2d) and modules and isinstance(modules[-1], _Unrolled):
+        elif isinstance(module, PcDEQLinear | PcDEQConv2d):
+            raise TypeError(f"{name}, {module}, may compute something else than the layer it is a subclass of")
+        elif (
+            isinstance(module, CompactMaxPool2d)
+            and modules
+            and isinstance(modules[-1], _Unrolled)
+            and modules[-1].weight.ndim == 4
+        ):
             modules.append(_PairwiseMaxPool(len(modules[-1].weight)))
         elif not isinstance(module, nn.Identity | nn.Dropout):
             modules.append(module)

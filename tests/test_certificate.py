@@ -216,7 +216,7 @@ def test_an_exact_evaluation_goes_where_the_rounding_bound_does_not(activation: 
     solution = layer.solve(x)
     assert solution.converged.all()
     assert_holds(solution, truth(layer, x))
-    monkeypatch.setattr("pcdeq_zoo.certificate.rounding_error", lambda *args, **kwargs: 1e-4)
+    monkeypatch.setattr("pcdeq_zoo.certificate.rounding_error", lambda map_, worst_case: 0.0 if worst_case else 1e-4)
     assert_holds(layer.solve(x), truth(layer, x))
     assert layer.solve(x).converged.all()
     monkeypatch.setattr(EquilibriumMap, "double", lambda step: lambda z: torch.full_like(z, torch.inf))
@@ -442,3 +442,20 @@ def test_a_certificate_is_for_the_map_of_a_layer_only():
         solve(lambda z: 0.5 * z + 1, torch.ones(2, 3), stop="certified")
     layer, x = adversarial("linear", "tanh", 3.0, "usual")
     assert_holds(solve(layer.fixed_point_map(x), stop="certified", tol=1e-3), truth(layer, x))
+
+
+def test_float64_proves_no_more_than_it_can():
+    """z² + x z = x for w = 1 and softsign: near-critical for small x, so that rounding is amplified."""
+    layer = PcDEQLinear(1, "softsign", solver=Solver(1e-14, 20000, "certified", "ignore"), dtype=torch.float64)
+    layer.set_weight(torch.ones(1, 1))
+    solution = layer.solve(torch.full((1, 1), -3.0, dtype=torch.float64))
+    x = math.log1p(math.exp(-15)) / 5
+    exact = (math.sqrt(x * x + 4 * x) - x) / 2
+    assert abs(solution.value.item() / exact - 1) <= solution.bound.item()
+
+
+def test_nothing_is_enclosed_of_a_weight_that_is_none():
+    layer = PcDEQLinear(2)
+    layer.direction.data[0, 1] = math.nan
+    with pytest.raises(ValueError, match="W has 2 entries that are NaN"):
+        enclosure(layer, torch.zeros(1, 2))

@@ -498,6 +498,18 @@ def test_deepcopy_and_pickle_before_and_after_a_forward(tmp_path):
     assert (unpickled.direction >= 0).all()
 
 
+def test_another_activation_is_that_of_all_it_computes():
+    layer, u = PcDEQLinear(3, "tanh"), torch.full((1, 3), 4.0)
+    layer.activation = "relu6"
+    z = layer(u)
+    assert (z > 1).all()
+    exported = torch.export.export(layer, (u,)).module()
+    for same in (exported(u), *layer.hull(u, u, Solver(stop="certified")), *enclosure(layer, u)):
+        torch.testing.assert_close(same, z, rtol=2e-3, atol=0, check_dtype=False)
+    with pytest.raises(ValueError, match="activation must be one of"):
+        layer.activation = "gelu"
+
+
 def test_linear_layer_takes_any_sample_shape():
     layer, x = make("linear", "tanh")
     assert torch.equal(layer(x.view(4, 3, 2, 2)), layer(x).view(4, 3, 2, 2))

@@ -1,13 +1,17 @@
 """Bounds of whole nets: that nothing is outside of them, and nothing certified that can be changed."""
 
 import copy
+import itertools
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from oracles import every_layer, make, truth
+from timm.layers import SelectAdaptivePool2d
 from torch import Tensor, nn
 
 from pcdeq_zoo import (
@@ -464,6 +468,12 @@ def test_batch_norm_goes_by_the_images_and_remembers_them(digits):
 # --- bad input ---
 
 
+def with_nan() -> nn.Module:
+    model = timm.create_model("pcdeq1_l_tanh_mnist").eval()
+    model.head.fc.bias.data[3] = math.nan
+    return model
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -480,7 +490,24 @@ def test_batch_norm_goes_by_the_images_and_remembers_them(digits):
         ({"images": torch.zeros(2, 28, 28)}, ValueError, r"must be \(N, C, H, W\)"),
         ({"images": torch.zeros(2, 1, 28, 28).double()}, TypeError, "one dtype and device"),
         ({"method": "crown"}, ValueError, "method must be one of interval, linear"),
-        ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
+        ({"batch_size": 0}, ValueError, "batch_size must be an integer of at least 1, got 0"),
+        ({"batch_size": 2.5}, ValueError, "batch_size must be an integer of at least 1, got 2.5"),
+        ({"eps": "0.1"}, ValueError, "from 0 to 1; got '0.1'"),
+        ({"eps": torch.zeros(2)}, ValueError, "from 0 to 1; got tensor"),
+        ({"images": (torch.zeros(2, 1, 28, 28),) * 2}, TypeError, "must be a tensor, or a Box .*, got tuple"),
+        (
+            {"images": Box(*[torch.zeros(2, 1, 28, 28).half()] * 2)},
+            ValueError,
+            "both float32 or float64; got .*float16",
+        ),
+        ({"images": Box(*[torch.zeros(2, 1, 28, 28).int()] * 2)}, ValueError, "both float32 or float64; got .*int32"),
+        (
+            {"images": Box(torch.zeros(2, 1, 28, 28), torch.ones(4, 1, 28, 28)), "batch_size": 2},
+            ValueError,
+            "one shape",
+        ),
+        ({"model": nn.Sequential(nn.Linear(28, 3)).eval()}, ValueError, r"takes \(N, F\), and gets \(2, 1, 28, 28\)"),
+        ({"model": with_nan()}, ValueError, "head.fc.bias has entries that are NaN or infinite"),
         (
             {"model": nn.Sequential(nn.Flatten(), nn.GELU(), nn.Linear(784, 10)).eval()},
             TypeError,
@@ -500,6 +527,11 @@ def test_bad_input_is_told_in_one_line(change: dict, error: type[Exception], mes
     }
     with pytest.raises(error, match=message):
         certify(**arguments)
+
+
+class Reversed(nn.Sequential):
+    def __iter__(self) -> Iterator[nn.Module]:
+        return reversed(list(super().__iter__()))
 
 
 class Residual(nn.Sequential):
@@ -524,10 +556,25 @@ def with_forward() -> nn.Module:
     return module
 
 
+def with_a_hook_inside() -> nn.Module:
+    module = SelectAdaptivePool2d(pool_type="avg", flatten=True)
+    module.pool.register_forward_hook(lambda module, inputs, output: -output)
+    return module
+
+
+def with_a_method() -> nn.Module:
+    module = nn.Conv2d(1, 1, 1)
+    module._conv_forward = lambda x, weight, bias: -x
+    return module
+
+
 @pytest.mark.parametrize(
     "module",
     [
         Residual(nn.Linear(4, 4)),
+        Reversed(nn.Linear(4, 4), nn.ReLU()),
+        with_a_hook_inside(),
+        with_a_method(),
         Minus(4),
         with_hook(),
         with_forward(),
@@ -549,6 +596,13 @@ def test_a_module_that_computes_something_else_is_refused(module: nn.Module):
         interval_bounds(model, torch.rand(1, 1, 2, 2), 0.1)
     with pytest.raises(TypeError, match="the model is an empty"):
         interval_bounds(nn.Sequential(), torch.rand(1, 1, 2, 2), 0.1)
+
+
+def test_a_net_of_the_zoo_with_a_method_of_its_own_is_refused(digits):
+    model = timm.create_model("pcdeq1_l_tanh_mnist").eval()
+    model.forward_features = lambda x: -model.features(x)
+    with pytest.raises(TypeError, match=r"(?s)there are no bounds of the model, .* methods of its own"):
+        interval_bounds(model, digits[0], 0.1)
 
 
 class OfAbsoluteWeight(nn.Linear):
@@ -589,6 +643,72 @@ def test_a_module_that_is_used_twice_counts_twice(method: str):
         (label,) = model(x).argmax(1)
     assert certify(model, x, torch.tensor([int(label)]), 0.1, method=method).certified
     assert not certify(model, x, torch.tensor([1 - int(label)]), 0.1, method=method).certified
+
+
+def rows_of(values: list[Any]) -> nn.Sequential:
+    """A classifier of one pixel, by its parameters."""
+    sizes = [len(value) for value in values if isinstance(value[0], list)]
+    linear = [nn.Linear(n, m, bias=False) for n, m in itertools.pairwise([1, *sizes])]
+    linear[-1] = nn.Linear(sizes[-2], sizes[-1])
+    model = nn.Sequential(nn.Flatten(), *linear).eval()
+    with torch.no_grad():
+        for parameter, value in zip(model.parameters(), values, strict=True):
+            parameter.copy_(torch.tensor(value))
+    return model
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_coefficients_that_underflow_are_not_forgotten(method: str):
+    """From the margins back 1e-9 · 1e-37 is 0, and what it stands for 1e-9."""
+    model, x = rows_of([[[1e37]], [[1e-37]], [[1e-9], [0.0]], [0.0, 1e-10]]), torch.ones(1, 1, 1, 1)
+    assert model(x)[0].tolist() == pytest.approx([1e-9, 1e-10])
+    assert not certify(model, x, torch.tensor([1]), 0.5, method=method).certified
+    assert not certify(model, x, torch.tensor([1]), 0.0, method=method).certified
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_batch_norm_whose_scale_underflows(method: str):
+    model = rows_of([[[1e36]], [[1e12]], [[1.0], [0.0]], [0.0, 1.0]])
+    norm = nn.BatchNorm1d(1).eval()
+    with torch.no_grad():
+        norm.running_var.fill_(1e30)
+        norm.weight.fill_(1e-32)
+    model.insert(2, norm)
+    x = torch.ones(1, 1, 1, 1)
+    assert copy.deepcopy(model).double()(x.double())[0].tolist() == pytest.approx([10.0, 1.0], rel=1e-5)
+    assert not certify(model.eval(), x, torch.tensor([1]), 0.0, method=method).certified
+    norm.running_var.fill_(-9.99e-6)
+    with pytest.raises(ValueError, match="its running_var is below 0"):
+        certify(model, x, torch.tensor([1]), 0.0, method=method)
+
+
+class AsItIs(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+    def hull(self, lower: Tensor, upper: Tensor, solver: Solver | None = None) -> tuple[Tensor, Tensor]:
+        return lower, upper
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_rounding_of_differences_of_weights_counts(method: str):
+    """1 - 2⁻²⁵, which is rounded to 1, 1,500 times."""
+    model, x = nn.Sequential(AsItIs(), nn.Linear(1502, 2)).eval(), torch.ones(1, 1502)
+    with torch.no_grad():
+        model[1].bias.zero_()
+        model[1].weight.zero_()
+        model[1].weight[0, :1500] = 1
+        model[1].weight[1, :1500] = 2.0**-25
+        model[1].weight[1, 1500:] = 1
+        x[0, 1500:] = torch.tensor([1024.0, 476 - 2.0**-15])
+        assert copy.deepcopy(model).double()(x.double()).argmax() == 1
+    assert not certify(model, Box(x, x), torch.tensor([0]), method=method).certified
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_pool_with_windows_of_padding_alone_proves_nothing(method: str):
+    model = nn.Sequential(nn.MaxPool2d(2, (1, 2), 1, dilation=2), nn.Flatten(), nn.Linear(3, 2)).eval()
+    assert not certify(model, torch.rand(1, 1, 1, 6), torch.tensor([0]), 0.1, method=method).certified
 
 
 def test_what_overflows_proves_nothing():

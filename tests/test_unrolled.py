@@ -11,6 +11,7 @@ from torch import nn
 
 from pcdeq_zoo import VARIANTS, PcDEQLinear, certify, interval_bounds, pgd, unrolled
 from pcdeq_zoo.data import normalize
+from pcdeq_zoo.pooling import CompactMaxPool2d
 
 NETS = {
     "pcdeq1_l_tanh_mnist": 100,
@@ -48,6 +49,30 @@ def test_a_linear_layer_of_any_sample_shape(shape: tuple[int, ...]):
     layer.set_weight(torch.rand(12, 12) / 6)
     layer.solver.tol = 1e-6
     torch.testing.assert_close(unrolled(nn.Sequential(layer), 100)(u), layer(u), rtol=1e-4, atol=1e-5)
+
+
+def test_an_input_that_is_zero_in_floats():
+    layer = PcDEQLinear(1, "relu6")
+    layer.set_weight(torch.tensor([[2.0]]))
+    assert unrolled(nn.Sequential(layer), 200)(torch.tensor([[-30.0]])).item() == layer(torch.tensor([[-30.0]])).item()
+
+
+def test_a_pool_beside_a_linear_layer_and_half_precision():
+    net = nn.Sequential(PcDEQLinear(16, "tanh"), CompactMaxPool2d(), nn.Flatten(), nn.Linear(16, 2)).bfloat16().eval()
+    u = torch.randn(3, 1, 4, 4).bfloat16()
+    torch.testing.assert_close(unrolled(net, 50)(u), net(u), rtol=0.05, atol=0.05)
+
+
+def test_a_subclass_may_compute_something_else():
+    class Minus(PcDEQLinear):
+        def forward(self, u: torch.Tensor) -> torch.Tensor:
+            return 1 - super().forward(u)
+
+        def hull(self, lower: torch.Tensor, upper: torch.Tensor, solver=None) -> tuple[torch.Tensor, torch.Tensor]:
+            return tuple(1 - end for end in reversed(super().hull(lower, upper, solver)))
+
+    with pytest.raises(TypeError, match=r"0, Minus.* may compute something else than the layer it is a subclass of"):
+        unrolled(nn.Sequential(Minus(4)), 10)
 
 
 @every_net

@@ -54,9 +54,9 @@ TAKE_BRUSH = """
 INTRODUCTION = """
 # Positive concave deep equilibrium models
 
-A pcDEQ layer outputs the only fixed point of z ↦ σ(W z + x), W ≥ 0. Draw a digit or take a sample, and see the
-equilibrium being reached, the error that is proven on the way, and how far pixels may move before the proof of the
-label ends. [The paper](https://arxiv.org/abs/2402.04029)
+A pcDEQ layer outputs the only fixed point z ≥ 0 of z ↦ σ(W z + x), W ≥ 0 and x > 0. Draw a digit or take a sample, and
+see the equilibrium being reached, the error that is proven on the way, and how far pixels may move before the proof of
+the label ends. [The paper](https://arxiv.org/abs/2402.04029)
 """
 
 

@@ -39,8 +39,10 @@ _CITATION = """@inproceedings{gabor2024pcdeq,
   title     = {Positive Concave Deep Equilibrium Models},
   author    = {Gabor, Mateusz and Piotrowski, Tomasz and Cavalcante, Renato L. G.},
   booktitle = {Proceedings of the 41st International Conference on Machine Learning},
+  volume    = {235},
+  pages     = {14365--14381},
   year      = {2024},
-  url       = {https://arxiv.org/abs/2402.04029}
+  url       = {https://proceedings.mlr.press/v235/gabor24a.html}
 }"""
 
 _BODY = """

@@ -125,8 +125,8 @@ class Variant:
         paper_accuracy: Published test accuracy in percent.
         recipes: How it is trained, by the tag of its checkpoints: "paper" as in the paper's Tables 5-7, "zoo" ours,
             "robust_..." ours against changes of the pixels by that much, "zoo4434" ours of the first 4,434 images.
-        default_recipe: Tag of the default checkpoint: of "paper" and "zoo" the one that did better on held-out training
-            images (see MODEL_CARD.md); of SVHN "zoo4434".
+        default_recipe: Tag of the default checkpoint: "zoo" where it did better than "paper" on held-out training
+            images with one net of the structure (see MODEL_CARD.md), of SVHN "zoo4434", else "paper".
     """
 
     name: str

@@ -94,7 +94,7 @@ def _tanh(p: Tensor, out: Tensor | None) -> Tensor:
 
 
 # As computed there, so that nothing is gained below.
-_GAIN_AT_START = torch.full((64,), _TANH_SERIES_BELOW).mul_(-2).sigmoid_()[0].item()
+_GAIN_AT_START = torch.full((64,), _TANH_SERIES_BELOW, dtype=torch.float32, device="cpu").mul_(-2).sigmoid_()[0].item()
 
 
 ACTIVATIONS = {

@@ -19,7 +19,7 @@ from torch._higher_order_ops import while_loop
 
 from pcdeq_zoo.activations import INPUT_FLOOR
 from pcdeq_zoo.compat import SINCE_2_7, is_exporting, refuse_gradient_of_a_loop
-from pcdeq_zoo.series import aitken_factor, change_rate, remaining_error
+from pcdeq_zoo.series import aitken_factor, change_rate, growing, remaining_error
 
 __all__ = ["TraceableLoop"]
 
@@ -84,8 +84,8 @@ class TraceableLoop(nn.Module):
             d1, d2, end = d1 / scale, d2 / scale, end / scale
             size1, size2 = torch.linalg.vector_norm(d1, dim=1), torch.linalg.vector_norm(d2, dim=1)
             change = size2 / torch.linalg.vector_norm(end, dim=1)
-            settled = (change <= rounding) & ((d2.abs() - 4 * rounding * end).amax(dim=1) <= 0)
-            ends = (remaining_error(change, change_rate(size1, size2)) <= tol) | settled
+            ends = (remaining_error(change, change_rate(size1, size2)) <= tol) | (change <= rounding)
+            ends = ends & ~growing(d1, d2, end)
             factor = aitken_factor(d1, d2, size1, [1]).masked_fill(size1 * scale[:, 0] > limit, 0.0)
             limit = torch.where(factor > 0, size2 * scale[:, 0], limit)
         new = torch.minimum((z2 + factor.view(per_sample) * (z2 - z1)).clamp(min=0.0), supremum)

@@ -268,6 +268,11 @@ class _PcDEQLayer(TraceableLoop):
             project(self)
         _layers.add(self)
 
+    def __copy__(self) -> _PcDEQLayer:
+        copy = type(self).__new__(type(self))
+        nn.Module.__setstate__(copy, self.__dict__)  # of the same parameters, which stay as they are
+        return copy
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw W as the authors' code does, uniform in [0, 0.01 / √(C_out + C_in))."""
@@ -450,6 +455,7 @@ class _PcDEQLayer(TraceableLoop):
 
     @torch.jit.unused
     def _problem(self) -> _Problem:
+        _layers.add(self)  # a copy of a parametrized layer has been made without __setstate__
         autocast = autocast_to_bfloat16(self.direction.device)
         return _Problem(ACTIVATIONS[self.activation], self.solver, ref(self), threading.get_ident(), autocast)
 
@@ -529,8 +535,9 @@ def project(model: nn.Module) -> None:
 def _project_after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for layer in _layers:
-        for parameter in (layer.magnitude, layer.direction):
-            if id(parameter) in stepped:
+        for name in ("magnitude", "direction"):
+            parameter = layer._parameters.get(name)  # None: it is computed, by a parametrization
+            if parameter is not None and id(parameter) in stepped:
                 parameter.clamp_(min=0)
 
 
@@ -602,8 +609,8 @@ class PcDEQConv2d(_PcDEQLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if kernel_size % 2 != 1:
-            raise ValueError(f"kernel_size must be odd to keep the image size, got {kernel_size}")
+        if not isinstance(kernel_size, int) or kernel_size % 2 != 1:
+            raise ValueError(f"kernel_size must be an odd integer, to keep the image size, got {kernel_size}")
         super().__init__((channels, channels, kernel_size, kernel_size), activation, solver, device, dtype)
         self.padding = kernel_size // 2
 

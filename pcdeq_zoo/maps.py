@@ -274,14 +274,6 @@ class EquilibriumMap(OperatorMap):
     def project(self, z: Tensor) -> Tensor:
         return z.clamp_(0, self.activation.supremum)
 
-    def settled(self, pair: Pair) -> Tensor:
-        # And unit by unit, as one that is tiny beside the others, and grows, does not show in a norm. Sums of positive
-        # numbers are exact to a few units of the last place, and σ makes no relative error larger.
-        settled = super().settled(pair)
-        if bool(settled.any()):
-            settled &= (pair.d2.abs() <= 8 * torch.finfo(pair.z2.dtype).eps * pair.z2).flatten(1).all(1)
-        return settled
-
     def slopes(self, z: Tensor) -> Tensor:
         """D = diag σ′(W z + x), not from reduced products: where p is large, a small share of it is much of σ′(p)."""
         return self.activation.derivative(z if self.activation.slope_of_output else self.argument(z))

@@ -428,6 +428,8 @@ def _create_pcdeq(variant: Variant, pretrained: bool = False, **kwargs: Any) -> 
             # This file, which was verified, wherever it came from, and nothing else.
             verified |= {"file": str(file), "source": None, "state_dict": None}
         kwargs["pretrained_cfg_overlay"] = {**overlay, **verified}
+    if kwargs.get("features_only"):
+        kwargs.setdefault("num_classes", 0)  # no classifier, whose weights would have to fit
     sizes = {"structure": variant.structure, "activation": variant.activation, "channels": variant.channels}
     arguments = {**sizes, **kwargs}
     taps = range(len(arguments["channels"] or ()) if arguments["structure"] == "mc" else 3)

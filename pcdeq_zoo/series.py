@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-__all__ = ["aitken_factor", "change_rate", "remaining_error"]
+__all__ = ["aitken_factor", "change_rate", "growing", "remaining_error"]
 
 
 def change_rate(size1: Tensor, size2: Tensor) -> Tensor:
@@ -19,6 +19,14 @@ def change_rate(size1: Tensor, size2: Tensor) -> Tensor:
 def remaining_error(change: Tensor, rate: Tensor) -> Tensor:
     """‖d₂‖ r / (1 − r), for the change ‖d₂‖ in any unit, shape (N,); no series, r ≥ 1, leaves all there is."""
     return change * rate / (1 - rate).clamp(min=1e-37)
+
+
+def growing(d1: Tensor, d2: Tensor, z: Tensor) -> Tensor:
+    """Where a unit of z ≥ 0 still grows by 2 % or more of itself, and no slower than before, shape (N,), bool.
+
+    One that is tiny beside the others does not show in a norm. Where W has blocks, nothing else may lift it.
+    """
+    return ((d2 >= d1) & (d2 > 0.02 * z)).flatten(1).any(dim=1)
 
 
 def aitken_factor(d1: Tensor, d2: Tensor, size1: Tensor, dims: list[int]) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor
 from pcdeq_zoo.certificate import Witness, error_bound, find_witness
 from pcdeq_zoo.maps import EquilibriumMap, FixedPointMap, FunctionMap, Pair, per_sample
 from pcdeq_zoo.operators import CoarseConvolution, full_precision
-from pcdeq_zoo.series import aitken_factor, change_rate, remaining_error
+from pcdeq_zoo.series import aitken_factor, change_rate, growing, remaining_error
 from pcdeq_zoo.solution import OnFailure, Solution, Status
 
 __all__ = ["Solver", "Stop", "solve"]
@@ -66,12 +66,14 @@ def estimated(map_: FixedPointMap, pair: Pair, number: int, tol: float, before: 
     """
     rates = (change_rate(pair.size1, pair.size2), *(before.rates[:2] if before else ()))
     rate = functools.reduce(torch.maximum, rates)
-    left = torch.where(map_.settled(pair), pair.change, remaining_error(pair.change, rate))
+    error = torch.where(map_.settled(pair), pair.change, remaining_error(pair.change, rate))
     rounding = _rounding(map_, pair)
-    if rounding is None:
-        return Verdict(left, rates=rates)
-    rounding = rounding / (1 - rate).clamp(min=1e-4)  # and not more than that while changes grow
-    return Verdict(left.hypot(rounding), rounding, rates)
+    if rounding is not None:
+        rounding = rounding / (1 - rate).clamp(min=1e-4)  # and not more than that while changes grow
+        error = error.hypot(rounding)
+    if isinstance(map_, EquilibriumMap) and bool((ends := error <= tol).any()):
+        error = error.masked_fill(ends & growing(pair.d1, pair.d2, pair.z2), math.inf)
+    return Verdict(error, rounding, rates)
 
 
 def _rounding(map_: FixedPointMap, pair: Pair) -> Tensor | None:

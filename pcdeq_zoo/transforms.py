@@ -15,6 +15,8 @@ __all__ = ["folded", "in_channels_last", "leaf", "refuse_legacy_vmap", "transfor
 def leaf(module: nn.Module, x: Proxy) -> Proxy:
     """A module as one node of the graph that torch.fx is tracing, whatever its tracer takes for leaves."""
     tracer: Any = x.tracer
+    if module is tracer.root:
+        raise TypeError("a pcDEQ layer is one node of a graph, and has none of its own: trace a model that holds it")
     return tracer.create_proxy("call_module", tracer.path_of_module(module), (x,), {})
 
 

@@ -176,6 +176,8 @@ class TestFx:
         )
         with pytest.raises(ValueError, match="this model takes"):
             graph(torch.rand(2, 5, 8, 8))
+        with pytest.raises(TypeError, match="trace a model that holds it"):
+            torch.fx.symbolic_trace(PcDEQLinear(3))
 
     @some_models
     def test_feature_extractor_of_torchvision(self, name: str):

@@ -498,6 +498,14 @@ def test_deepcopy_and_pickle_before_and_after_a_forward(tmp_path):
     assert (unpickled.direction >= 0).all()
 
 
+def test_a_shallow_copy_writes_nothing():
+    layer = PcDEQLinear(3)
+    layer.direction.data.sub_(1)
+    twin = copy.copy(layer)
+    assert twin.direction is layer.direction
+    assert (layer.direction < 0).all()
+
+
 def test_another_activation_is_that_of_all_it_computes():
     layer, u = PcDEQLinear(3, "tanh"), torch.full((1, 3), 4.0)
     layer.activation = "relu6"
@@ -536,7 +544,7 @@ def test_unconverged_solves_are_not_silent_by_default():
     [
         (lambda: PcDEQLinear(4, "gelu"), ValueError, "activation must be one of relu6, tanh, .*, got 'gelu'"),
         (lambda: PcDEQLinear(0), ValueError, "layer sizes must be at least 1"),
-        (lambda: PcDEQConv2d(3, kernel_size=4), ValueError, "kernel_size must be odd to keep the image size, got 4"),
+        (lambda: PcDEQConv2d(3, kernel_size=4), ValueError, "kernel_size must be an odd integer, .*, got 4"),
         (lambda: PcDEQLinear(4)(torch.rand(2, 5)), ValueError, r"takes \(N, ...\) with 4 entries per sample, got .*5"),
         (lambda: PcDEQConv2d(3)(torch.rand(2, 4, 5, 5)), ValueError, r"takes \(N, 3, H, W\), got .*4"),
         (lambda: PcDEQLinear(4)(torch.ones(2, 4).long()), TypeError, "floating point inputs, got torch.int64"),

@@ -179,6 +179,16 @@ def test_features_of_another_number_of_stages():
     assert [tap.shape[1:] for tap in extractor(torch.rand(1, 3, 32, 32))] == [(8, 32, 32), (16, 15, 15)]
 
 
+def test_pretrained_features_of_another_size():
+    name = "pcdeq1_mc_relu6_cifar"
+    extractor = timm.create_model(name, pretrained=True, features_only=True, img_size=64).eval()
+    model, x = timm.create_model(name, pretrained=True).eval(), torch.rand(2, 3, 32, 32)
+    taps = timm.create_model(name, pretrained=True, features_only=True).eval()(x)
+    for mine, tap in zip(taps, model.forward_intermediates(x, intermediates_only=True), strict=True):
+        assert torch.equal(mine, tap)
+    assert [tap.shape[1:] for tap in extractor(torch.rand(1, 3, 64, 64))] == [(20, 64, 64), (50, 31, 31), (80, 15, 15)]
+
+
 @pytest.mark.parametrize("name", SOME[1:])
 def test_features_are_in_channels_last(name: str):
     """Those of images of one channel, too, which `contiguous` leaves in the other order."""

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from oracles import BOUND, SIGMA, dense, derivative, make, truth
+from processes import python
 from torch import Tensor
 
 from pcdeq_zoo import ACTIVATIONS, PcDEQConv2d, Solver, record_solves, solve
@@ -67,6 +68,16 @@ def test_sigma_and_its_slope_of_small_and_large_tensors(activation: str, count: 
     torch.testing.assert_close(slope.double(), derivative(activation, exact), rtol=1e-5, atol=1e-15)
     assert record.evaluate(p, p) is p
     assert torch.equal(p, sigma)
+
+
+def test_the_default_dtype_at_import_does_not_matter():
+    code = (
+        "torch.set_default_dtype(torch.bfloat16); torch.set_default_device('meta'); import pcdeq_zoo.activations as a; "
+    )
+    code += (
+        "print((a._tanh(torch.full((2**15,), 1e-10, dtype=torch.float32, device='cpu'), None) == 1e-10).all().item())"
+    )
+    assert python("-c", f"import torch; {code}").stdout == "True\n"
 
 
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))

@@ -1,6 +1,7 @@
 """The loop: when a sample stops, what is told of it, and that no sample changes another."""
 
 import contextlib
+import copy
 import math
 import sys
 import threading
@@ -9,7 +10,9 @@ import warnings
 import pytest
 import timm
 import torch
+from oracles import truth
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from pcdeq_zoo import (
     ConvergenceError,
@@ -66,6 +69,33 @@ def test_a_tiny_unit_that_grows_is_waited_for(kind: type[PcDEQLinear | PcDEQConv
     u = torch.tensor([6.0, math.log(math.expm1(5e-7)) / 5]).view(1, 2, *[1] * (layer.direction.ndim - 2))
     net = torch.export.export(layer, (u,)).module() if exported else layer
     torch.testing.assert_close(net(u), torch.full_like(u, 6.0))
+
+
+@pytest.mark.parametrize("exported", [False, True])
+@pytest.mark.parametrize("low", [-3.0, -4.0, -8.0])
+def test_a_tiny_unit_that_grows_shows_in_no_norm(low: float, exported: bool):
+    """The other one has converged after four evaluations; this one begins at 1e-7 to 1e-18."""
+    layer = PcDEQLinear(2, "tanh", solver=Solver(on_failure="raise"))
+    layer.set_weight(torch.tensor([[0.1, 0.0], [0.0, 2.0]]))
+    u = torch.tensor([[1.0, low]], requires_grad=not exported)
+    z = (torch.export.export(layer, (u,)).module() if exported else layer)(u)
+    torch.testing.assert_close(z, torch.tensor([[0.79352, 0.957504]]), rtol=1e-3, atol=0)
+    if not exported:
+        z.sum().backward()
+        assert u.grad.isfinite().all()
+
+
+def test_a_channel_of_tiny_units_that_grow_shows_in_no_norm():
+    layer = PcDEQConv2d(8, "tanh")
+    weight = 0.02 * torch.rand(8, 8, 3, 3)
+    weight[0] = 0
+    weight[0, 0] = 1.5 / 9
+    layer.set_weight(weight)
+    u = torch.randn(4, 8, 6, 6)
+    u[:, 0] = -2
+    solution, exact = layer.solve(u), truth(layer, u)
+    assert solution.converged.all()
+    assert ((solution.value.flatten(1) - exact).norm(dim=1) <= 1e-3 * exact.norm(dim=1)).all()
 
 
 @pytest.mark.parametrize("rate", [1.0, 1 + 1e-8, 1 - 1e-6])
@@ -415,6 +445,26 @@ def test_layers_that_are_made_elsewhere_do_not_disturb_an_optimizer():
         over.set()
         thread.join()
         sys.setswitchinterval(interval)
+
+
+def test_a_step_does_not_compute_what_parametrizations_give():
+    """Spectral norm makes an iteration whenever it is read, in training."""
+    layer, other = PcDEQLinear(5), nn.Linear(2, 2)
+    parametrizations.spectral_norm(layer, "direction").train()
+    before = layer.parametrizations.direction[0]._u.clone()
+    other(torch.randn(1, 2)).sum().backward()
+    torch.optim.SGD(other.parameters(), lr=0.1).step()
+    assert torch.equal(layer.parametrizations.direction[0]._u, before)
+
+
+def test_a_copy_of_a_parametrized_layer_is_projected():
+    layer = PcDEQLinear(5, "tanh")
+    parametrizations.weight_norm(layer, "direction")
+    layer = copy.deepcopy(layer)
+    layer(torch.randn(4, 5)).sum().backward()
+    torch.optim.SGD([layer.magnitude], lr=1e3).step()
+    assert (layer.magnitude == 0).any()
+    assert (layer.magnitude >= 0).all()
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])

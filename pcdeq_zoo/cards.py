@@ -99,8 +99,8 @@ solution = layer.solve(torch.randn(8, {features}))  # value, status, evaluations
 The equilibrium of every sample exists, is unique, and does not depend on its batch mates (beyond float rounding). By
 default it is solved to an estimated relative error of {default_tol:g}. With `stop="certified"` (`tol={tol:g}`, at most
 {max_evals} evaluations) every unit is proven to be within {tol:.1%} of it, relative, in float32; a solve that does not
-get there warns or raises. So on the test set the largest proven error was {bound_max}; an image took {evals}
-evaluations of W on average in the pcDEQ layer{plural}, and {evals_max} at most.
+get there warns or raises. So on the test set the largest proven error was {bound_max};
+an image took {evals} evaluations of W on average in the pcDEQ layer{plural}, and {evals_max} at most.
 
 ## Training
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from config import Config
 from distributed import sum_over_processes, synchronize_batch_norm
-from launcher import Launcher
+from ending import Ending
 from processes import ROOT
 from recipe_runs import NAME, SHORT, free_port
 from torch.nn import functional as F
@@ -151,10 +151,10 @@ def test_steps_are_logged_as_the_first_process_has_seen_them(tmp_path, monkeypat
 )
 def test_who_is_a_launcher(monkeypatch, command: list[str], launches: bool):
     monkeypatch.setattr(psutil.Process, "cmdline", lambda _: command)
-    gone = Launcher()
-    assert not gone.is_gone()
+    ending = Ending()
+    assert not ending.reason()
     monkeypatch.setattr("os.getppid", lambda: 1)  # whoever takes orphans
-    assert gone.is_gone() == launches
+    assert bool(ending.reason()) == launches
 
 
 def test_one_process_instead_of_two_is_refused(tmp_path):

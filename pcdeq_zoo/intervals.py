@@ -219,7 +219,7 @@ def affine(module: nn.Module, x: Tensor, clean: Tensor | None = None) -> Affine 
             mean, variance = clean.mean(axes), clean.var(axes, correction=0)
         assert mean is not None
         assert variance is not None
-        if bool((variance < 0).any()):
+        if not module.training and bool((variance < 0).any()):
             raise ValueError(f"there are no bounds of {module}: its running_var is below 0, {variance.min():g}")
         mean, shape = mean.double(), (-1, *[1] * (x.ndim - 2))
         scale = torch.rsqrt(variance.double() + module.eps)

@@ -68,7 +68,7 @@ def _underflow(box: Box, terms: int) -> Tensor:
 def rounded(functional: Functional, box: Box) -> Functional:
     """Less what the rounding of each coefficient, the only one up to here, may take on a box."""
     coefficients, constant = functional
-    lost = _dot(-coefficients.abs(), rounding(coefficients, 0) * box.magnitude)
+    lost = _dot(-coefficients.abs(), rounding(coefficients, 0) * box.magnitude + TINY)
     return Functional(coefficients, _sum(constant, lost, _underflow(box, 1)))
 
 

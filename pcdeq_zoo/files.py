@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import tempfile
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +19,15 @@ def replace_file(path: Path, content: bytes | str) -> None:
 
     It is written under a name that nobody can guess or plant a link at, synced to disk, and renamed.
     """
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with open(descriptor, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
-            os.fsync(descriptor)
-        os.chmod(temporary, 0o644)  # mkstemp's can be read by their owner only
-        os.replace(temporary, path)
+            os.fsync(file.fileno())
+        temporary.replace(path)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
 

@@ -19,7 +19,6 @@ import os
 import re
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -194,13 +193,13 @@ def write_state(output: Path, name: str, tensors: dict[str, dict[str, Tensor]], 
     digests = {file: hashlib.sha256(content).hexdigest() for file, content in contents.items()}
     contents[_DIGESTS] = json.dumps(digests, indent=1).encode()
 
-    temporary = Path(tempfile.mkdtemp(prefix=_PARTIAL_PREFIX, dir=folder))
+    temporary = folder / (_PARTIAL_PREFIX + name)
+    temporary.mkdir()
     for file, content in contents.items():
         with (temporary / file).open("xb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-    temporary.chmod(0o755)  # mkdtemp's is for its owner only
     sync_folder(temporary)
     before = _states(folder)
     taken = {state.name for state in before}  # this name too, where the run went on from that state and comes by again

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import pickle
 import shutil
 import sys
@@ -176,6 +177,19 @@ def test_a_state_of_the_same_step_is_there_until_the_new_one_is(interrupted: Pat
     with pytest.raises(OSError, match="no power"):
         write_state(run, again.name, before.tensors, before.progress)
     assert newest_state(run) == again
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o007, 0o077], ids=oct)
+def test_others_may_read_what_the_umask_lets_them(umask: int, tmp_path):
+    before = os.umask(umask)
+    try:
+        record_launch(tmp_path, {"commit": "a", "hardware": "2 CPU threads", "data": "here"}, None)
+        write_state(tmp_path, "epoch-0001-step-000001", {"model": {"x": torch.zeros(1)}}, {})
+    finally:
+        os.umask(before)
+    state = newest_state(tmp_path)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "run.json", state, *state.iterdir())}
+    assert modes == {name: (0o777 if name == state.name else 0o666) & ~umask for name in modes}
 
 
 def test_what_is_beside_the_states_stays(interrupted: Path, tmp_path, monkeypatch):

@@ -53,7 +53,6 @@ def test_what_a_run_leaves(run: Path, here):
     row = row_of(run).row
     assert row["model"] == f"{NAME}.paper"
     assert row["sha256"] == sha256(run / "model.safetensors")
-    assert (run / "model.safetensors").stat().st_mode & 0o777 == 0o644
     assert float(row["top1"]) > 50  # 20 steps from chance
     assert (row["epochs"], row["seed"], row["hardware"].split()[1]) == ("2", "0", "CPU")
     printed = here(evaluate.main, f"--model {NAME} --data sample --checkpoint {run / 'model.safetensors'}")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-import statistics
+from statistics import geometric_mean
 from typing import Any
 
 from pcdeq_zoo import Variant
@@ -24,10 +23,6 @@ def ours_and_theirs(document: dict[str, Any]) -> tuple[list[str], list[str]]:
 def ratios(document: dict[str, Any], measure: str, ours: str, theirs: str) -> dict[str, float]:
     """How many times faster, per net."""
     return {net: rows[theirs][measure] / rows[ours][measure] for net, rows in document["nets"].items()}
-
-
-def geometric_mean(values: list[float]) -> float:
-    return math.exp(statistics.fmean(map(math.log, values)))
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pcdeq_zoo.errors import one_line
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -239,9 +241,10 @@ def _download(dataset: Dataset, split: Split) -> list[Path]:
         folder = snapshot_download(dataset.hub_id, repo_type="dataset", allow_patterns=pattern)
     except Exception as error:  # the client raises a dozen unrelated classes for "no network"
         raise DataError(
-            f"could not get {dataset.title} ({dataset.hub_id}) from the Hugging Face Hub: {_line(error).rstrip('.')}. "
-            f"Without a network, put its parquet files into a folder and name it, or set {DATA_ROOT_VARIABLE} to the "
-            f"parent of {dataset.folder}/" + ('; "sample" is 2,000 digits that ship' if dataset.name == "mnist" else "")
+            f"could not get {dataset.title} ({dataset.hub_id}) from the Hugging Face Hub: "
+            f"{one_line(error).rstrip('.')}. Without a network, put its parquet files into a folder and name it, or "
+            f"set {DATA_ROOT_VARIABLE} to the parent of {dataset.folder}/"
+            + ('; "sample" is 2,000 digits that ship' if dataset.name == "mnist" else "")
         ) from error
     files = sorted(Path(folder).glob(pattern))
     if not files:
@@ -254,7 +257,7 @@ def _read_parquet(dataset: Dataset, files: Iterable[Path]) -> tuple[Tensor, Tens
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
-        raise DataError(f"reading parquet files needs pyarrow (pip install pyarrow): {_line(error)}") from error
+        raise DataError(f"reading parquet files needs pyarrow (pip install pyarrow): {one_line(error)}") from error
 
     images: list[np.ndarray] = []
     labels: list[int] = []
@@ -263,7 +266,7 @@ def _read_parquet(dataset: Dataset, files: Iterable[Path]) -> tuple[Tensor, Tens
             table = pq.read_table(file)
             classes = _class_names(table.schema.metadata or {})
         except Exception as error:  # pyarrow raises its own classes, OSError and more for damaged files
-            raise DataError(f"cannot read {file} as parquet: {_line(error)}") from error
+            raise DataError(f"cannot read {file} as parquet: {one_line(error)}") from error
         if not len(table):
             raise DataError(f"{file} holds no images")
         columns = [name for name in ("image", "img") if name in table.column_names]
@@ -300,7 +303,7 @@ def _decode(dataset: Dataset, where: str, cell: Any) -> np.ndarray:
         if image.size == (width, height):  # nothing else is worth the memory that its header may ask for
             image.load()
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and more for damaged images
-        raise DataError(f"{where} holds an image that cannot be read: {_line(error)}") from error
+        raise DataError(f"{where} holds an image that cannot be read: {one_line(error)}") from error
     if image.size != (width, height):
         raise DataError(f"{where} holds a {image.width}x{image.height} image, {dataset.title} has {width}x{height}")
     if image.mode not in ("1", "L", "P", "RGB"):
@@ -314,7 +317,7 @@ def _read_torchvision(dataset: Dataset, split: Split, folder: Path) -> tuple[Ten
         images, labels = dataset.read_torchvision(str(folder), split)
     except Exception as error:  # whatever the bytes of a damaged file come to
         raise DataError(
-            f"{folder} holds neither {split}-*.parquet nor {dataset.title} in torchvision's layout: {_line(error)}"
+            f"{folder} holds neither {split}-*.parquet nor {dataset.title} in torchvision's layout: {one_line(error)}"
         ) from error
     return _tensors(dataset, images, labels, str(folder))
 
@@ -331,12 +334,6 @@ def _tensors(dataset: Dataset, images: np.ndarray, labels: list[int], where: str
     if bad:
         raise DataError(f"{where} has labels {bad[:5]}, wanted 0 to {len(dataset.classes) - 1}")
     return torch.from_numpy(np.ascontiguousarray(images)), torch.tensor(labels)
-
-
-def _line(error: Exception) -> str:
-    """What an error says, in one line that can be read."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) < 300 else f"{text[:300]}…"
 
 
 def _list(classes: tuple[str, ...]) -> str:

@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 import pcdeq_zoo
 from pcdeq_zoo.cards import model_card
+from pcdeq_zoo.errors import one_line
 from pcdeq_zoo.state_dict import WeightsError
 from pcdeq_zoo.weights import Checkpoint, checkpoints, hub_digest, sha256, write_rows
 
@@ -182,10 +183,9 @@ def main() -> None:
     except (PublishError, WeightsError, HFValidationError) as error:
         sys.exit(f"error: {error}")
     except (HTTPError, OSError) as error:
-        reason = " ".join(str(error).split())
         if getattr(error, "response", None) is not None:  # some errors of an answer have no class of their own
-            sys.exit(f"error: the Hub refused: {reason}")
-        reason = reason.rstrip(".")
+            sys.exit(f"error: the Hub refused: {one_line(error)}")
+        reason = one_line(error).rstrip(".")
         sys.exit(f"error: the Hub cannot be reached: {reason}; run the same command again to go on")
 
 

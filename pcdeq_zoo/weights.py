@@ -29,6 +29,7 @@ from safetensors import safe_open
 from timm.models import PretrainedCfg, load_state_dict
 
 from pcdeq_zoo._version import __version__
+from pcdeq_zoo.errors import one_line
 from pcdeq_zoo.files import replace_file
 from pcdeq_zoo.state_dict import WeightsError
 from pcdeq_zoo.variants import VARIANTS, Recipe, Variant
@@ -362,9 +363,8 @@ def _verify(path: Path, source: _Source) -> None:
             load_state_dict(str(path))
             architecture = source.architecture
     except Exception as error:  # a damaged pickle raises whatever its bytes come to
-        reason = " ".join(str(error).split())
         raise WeightsError(
-            f"weights of {source.name}: {path} is not a readable checkpoint: got {found}: {reason[:500]}"
+            f"weights of {source.name}: {path} is not a readable checkpoint: got {found}: {one_line(error)}"
         ) from error
     if architecture != source.architecture:
         raise WeightsError(f"weights of {source.name}: {path} holds weights of {architecture[:80]!r}")
@@ -402,9 +402,8 @@ def _download(filename: str, cfg: PretrainedCfg, name: str, cache_dir: str | Pat
             _check_reachable(constants.ENDPOINT)
         path = Path(hf_hub_download(repository, filename, revision=revision or None, cache_dir=cache_dir))
     except (HTTPError, ValueError, OSError) as error:  # HFValidationError and a bad filename are ValueErrors
-        reason = " ".join(str(error).split())
         raise WeightsError(
-            f"weights of {name}: no {filename} from the Hub repository {cfg.hf_hub_id}: {reason}"
+            f"weights of {name}: no {filename} from the Hub repository {cfg.hf_hub_id}: {one_line(error)}"
         ) from error
     if not verify:
         return path
@@ -417,7 +416,7 @@ def _download(filename: str, cfg: PretrainedCfg, name: str, cache_dir: str | Pat
         except (HTTPError, OSError) as error:
             raise WeightsError(
                 f"weights of {name}: {path} cannot be verified: this cache has no links, so the Hub must be asked for "
-                f"the digest, and cannot be: {' '.join(str(error).split())}"
+                f"the digest, and cannot be: {one_line(error)}"
             ) from error
     if (size := path.stat().st_size) > _MOST_BYTES:
         raise WeightsError(f"weights of {name}: {path} has {size} bytes, wanted at most {_MOST_BYTES}")

@@ -20,6 +20,7 @@ if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:  # at once: what f
     sys.exit()
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -39,6 +40,7 @@ from tqdm import tqdm
 from pcdeq_zoo import VARIANTS, DataError, Dataset, WeightsError, certify, pgd, record_solves
 from pcdeq_zoo.certificate import rounded_up
 from pcdeq_zoo.data import load, normalize
+from pcdeq_zoo.errors import one_line
 from pcdeq_zoo.files import read_jsonl
 from pcdeq_zoo.weights import RESULT_COLUMNS, checkpoints, sha256, write_rows
 
@@ -192,6 +194,46 @@ def measure_run(
     return row
 
 
+def measure_model(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """What `--model` and the flags beside it ask for.
+
+    Raises:
+        SystemExit: There is no such model, or nothing to measure it on.
+        WeightsError: It has no weights.
+        DataError: The data set is missing, or damaged.
+    """
+    overlay = {"file": str(args.checkpoint)} if args.checkpoint else None
+    create = functools.partial(timm.create_model, args.model, pretrained=True, pretrained_cfg_overlay=overlay)
+    try:
+        model = create(stop="certified")
+    except TypeError as error:  # of another constructor
+        raise SystemExit(f"{args.model} is not of this zoo, whose models this measures: {error}") from error
+    except (RuntimeError, ValueError, LookupError, OSError, AssertionError) as error:  # timm's and the Hub's
+        raise SystemExit(f"no model {args.model!r}: {one_line(error)}") from error
+    architecture = model.pretrained_cfg["architecture"]
+    if architecture not in VARIANTS:
+        raise SystemExit(f"{args.model} holds a {architecture}; this measures models of the zoo only")
+    dataset = VARIANTS[architecture].dataset
+    wanted = len(dataset.classes), dataset.input_size
+    if (found := (model.num_classes, (model.in_chans, *model.img_size))) != wanted:
+        raise SystemExit(
+            f"{args.model} has {found[0]} classes and images of {found[1]}, {dataset.title} {wanted[0]} and "
+            f"{wanted[1]}: there is nothing to measure it on"
+        )
+    images, labels = load(dataset, "test", args.data)
+    measured = evaluate(model.to(device), dataset, images, labels, args.batch_size, progress=True)
+    if args.eps:
+        as_created = create().to(device)
+        measured |= evaluate_robustness(as_created, dataset, images, labels, args.eps, args.batch_size, progress=True)
+    if args.output:
+        # How it was trained is copied only if these are, to the byte, weights that ship.
+        digest = sha256(Path(model.pretrained_cfg["file"]))
+        rows = (checkpoint.row for checkpoint in checkpoints().values())
+        known = next((row for row in rows if row["sha256"] == digest), {"model": architecture})
+        write_rows(args.output, [results_row(model, measured, known)])
+    return measured
+
+
 def results_row(model: nn.Module, measured: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
     """The row of a model of the zoo, columns as in `pcdeq_zoo.weights.RESULT_COLUMNS`.
 
@@ -292,38 +334,7 @@ def main() -> None:
         if args.run:
             measured = measure_run(args.run, args.data, accelerator.device, args.batch_size, progress=True)
         else:
-            overlay = {"file": str(args.checkpoint)} if args.checkpoint else None
-            try:
-                model = timm.create_model(args.model, pretrained=True, stop="certified", pretrained_cfg_overlay=overlay)
-            except TypeError as error:  # of another constructor
-                raise SystemExit(f"{args.model} is not of this zoo, whose models this measures: {error}") from error
-            except (RuntimeError, ValueError, LookupError, OSError, AssertionError) as error:  # timm's and the Hub's
-                raise SystemExit(f"no model {args.model!r}: {' '.join(str(error).split())[:500]}") from error
-            architecture = model.pretrained_cfg["architecture"]
-            if architecture not in VARIANTS:
-                raise SystemExit(f"{args.model} holds a {architecture}; this measures models of the zoo only")
-            dataset = VARIANTS[architecture].dataset
-            wanted = len(dataset.classes), dataset.input_size
-            if (found := (model.num_classes, (model.in_chans, *model.img_size))) != wanted:
-                raise SystemExit(
-                    f"{args.model} has {found[0]} classes and images of {found[1]}, {dataset.title} {wanted[0]} and "
-                    f"{wanted[1]}: there is nothing to measure it on"
-                )
-            images, labels = load(dataset, "test", args.data)
-            model.to(accelerator.device)
-            measured = evaluate(model, dataset, images, labels, args.batch_size, progress=True)
-            if args.eps:
-                as_created = timm.create_model(args.model, pretrained=True, pretrained_cfg_overlay=overlay)
-                as_created.to(accelerator.device)
-                measured |= evaluate_robustness(
-                    as_created, dataset, images, labels, args.eps, args.batch_size, progress=True
-                )
-            if args.output:
-                # How it was trained is copied only if these are, to the byte, weights that ship.
-                digest = sha256(Path(model.pretrained_cfg["file"]))
-                rows = (checkpoint.row for checkpoint in checkpoints().values())
-                known = next((row for row in rows if row["sha256"] == digest), {"model": architecture})
-                write_rows(args.output, [results_row(model, measured, known)])
+            measured = measure_model(args, accelerator.device)
     except (WeightsError, DataError) as error:
         raise SystemExit(str(error)) from error
     print(json.dumps(measured))

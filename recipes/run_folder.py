@@ -30,6 +30,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from pcdeq_zoo.errors import one_line
 from pcdeq_zoo.files import replace_file, sync_folder
 
 _STATE_NAME = re.compile(r"epoch-\d{4,}-step-\d{6,}(-\d+)?")
@@ -149,7 +150,7 @@ def read_record(record: Path) -> dict[str, Any]:
         if not isinstance(settings, dict):
             raise ValueError(f"it holds a {type(settings).__name__}")
     except (OSError, ValueError) as error:
-        raise SystemExit(f"{record} is not what train.py wrote: {' '.join(str(error).split())[:200]}") from error
+        raise SystemExit(f"{record} is not what train.py wrote: {one_line(error)}") from error
     return settings
 
 

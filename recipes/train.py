@@ -66,6 +66,7 @@ from tqdm import tqdm
 
 from pcdeq_zoo import DataError, PcDEQLinear, Recipe, WeightsError, forward_with_margins, record_solves
 from pcdeq_zoo.data import load, normalize
+from pcdeq_zoo.errors import one_line
 from pcdeq_zoo.files import replace_file, weights_bytes
 from pcdeq_zoo.robustness import least_margin
 from pcdeq_zoo.state_dict import check_state_dict
@@ -361,6 +362,7 @@ class Training:
             self._refuse_to_go_on(str(error))
         mine = progress.sums
         progress.sums = sum_over_processes(self.accelerator, mine)
+        # steps.jsonl tells what this process has seen, though the sums are those of all from here on.
         progress.logged = {key: progress.sums[key] - (mine[key] - progress.logged.get(key, 0.0)) for key in mine}
         if self.accelerator.is_main_process:
             name = f"epoch-{progress.epoch:04}-step-{progress.step:06}"
@@ -379,20 +381,20 @@ class Training:
             try:
                 self._load(state)
             except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-                reason = " ".join(str(error).split())
+                reason = one_line(error)
                 raise SystemExit(f"cannot resume from {folder}, it is not of this run: {reason}") from error
             self.accelerator.print(f"resumed from {folder}")
-        if self.accelerator.is_main_process:  # before the log, and not for a state that was refused
-            record_launch(self.config.output, settings, folder)
         if not self.accelerator.is_main_process:
             self.progress.sums = dict.fromkeys(self.progress.sums, 0.0)  # the saved sums are those of all processes
-        elif folder:
-            replace_file(log, state.log)
-            if steps.exists():
-                replace_file(steps, "".join(line for line in steps.open(encoding="utf-8") if self._has_done(line)))
-        else:
+            return
+        record_launch(self.config.output, settings, folder)  # before the log, and not for a state that was refused
+        if not folder:
             log.unlink(missing_ok=True)
             steps.unlink(missing_ok=True)
+            return
+        replace_file(log, state.log)
+        if steps.exists():
+            replace_file(steps, "".join(line for line in steps.open(encoding="utf-8") if self._has_done(line)))
 
     def _has_done(self, line: str) -> bool:
         """Whether what a line of steps.jsonl tells of is behind; one that was not finished is not."""
@@ -501,7 +503,7 @@ def main() -> None:
             project_dir=output,
         )
     except ValueError as error:  # a setting in the environment or its config
-        raise SystemExit(f"accelerate: {' '.join(str(error).split())}") from error
+        raise SystemExit(f"accelerate: {one_line(error)}") from error
     check_launch(accelerator, config.processes)
     if recipe.eps and accelerator.num_processes > 1:
         raise SystemExit("a recipe with eps trains in one process: its bounds go by the statistics of one batch")

@@ -1,6 +1,5 @@
 """Recipes as their users run them, and what they leave."""
 
-import json
 import socket
 import subprocess
 import sys
@@ -9,11 +8,12 @@ from pathlib import Path
 from processes import ROOT
 
 from pcdeq_zoo import VARIANTS
+from pcdeq_zoo.files import read_jsonl
 from pcdeq_zoo.weights import Checkpoint, read_rows
 
 NAME = "pcdeq1_l_softsign_mnist"
 CHECKPOINT = f"{NAME}.{VARIANTS[NAME].default_recipe}"  # the one that ships as its default
-SHORT = f"recipes/train.py --model {NAME} --recipe paper --data sample --epochs 2 --limit-train 640"
+SHORT = f"--model {NAME} --recipe paper --data sample --epochs 2 --limit-train 640"
 
 
 def free_port() -> int:
@@ -38,7 +38,7 @@ def launch(arguments: str, processes: int = 1) -> subprocess.CompletedProcess[st
 
 def log_of(run: Path) -> list[dict]:
     """The log, without what no two runs share."""
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    lines = read_jsonl(run / "log.jsonl")
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 

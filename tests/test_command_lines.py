@@ -113,7 +113,7 @@ def test_train(tmp_path, refuse, arguments: str, message: str):
 )
 def test_train_under_settings_of_accelerate(tmp_path, variable: str, value: str, message: str):
     """In a process of its own: accelerate remembers what it saw first."""
-    done = python(*f"{SHORT} --output {tmp_path / 'run'}".split(), env=os.environ | {variable: value})
+    done = python(*f"recipes/train.py {SHORT} --output {tmp_path / 'run'}".split(), env=os.environ | {variable: value})
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert re.search(message, done.stderr.splitlines()[-1])
@@ -227,7 +227,7 @@ class TestDamagedRuns:
     def copy(self, run: Path, tmp_path) -> Path:
         return Path(shutil.copytree(run, tmp_path / "run"))
 
-    RESUME = (train.main, f"{SHORT.partition(' ')[2]} --resume --output ")
+    RESUME = (train.main, f"{SHORT} --resume --output ")
     MEASURE = (evaluate.main, "--data sample --run ")
 
     @pytest.mark.parametrize(
@@ -259,11 +259,11 @@ class TestDamagedRuns:
     def test_one_without_its_row_is_measured_again(self, copy: Path, here):
         before = (copy / "results.csv").read_bytes()
         (copy / "results.csv").unlink()
-        assert "accuracy" in here(train.main, f"{SHORT.partition(' ')[2]} --output {copy} --resume")
+        assert "accuracy" in here(train.main, f"{SHORT} --output {copy} --resume")
         assert (copy / "results.csv").read_bytes() == before
 
 
-def test_a_failed_start_leaves_no_run(tmp_path, monkeypatch, refuse):
+def test_a_failed_start_leaves_no_run(tmp_path, monkeypatch, here, refuse):
     run = tmp_path / "run"
 
     def fail(*args: object, **kwargs: object) -> None:
@@ -271,9 +271,8 @@ def test_a_failed_start_leaves_no_run(tmp_path, monkeypatch, refuse):
 
     with monkeypatch.context() as patch:
         patch.setattr(train.timm, "create_model", fail)
-        assert refuse(train.main, f"{SHORT.partition(' ')[2]} --output {run}") == "no memory"
-    monkeypatch.setattr(sys, "argv", [*SHORT.split(), "--epochs=1", f"--output={run}"])
-    train.main()
+        assert refuse(train.main, f"{SHORT} --output {run}") == "no memory"
+    here(train.main, f"{SHORT} --epochs 1 --output {run}")
     assert (run / "results.csv").exists()
 
 
@@ -298,7 +297,7 @@ def test_a_name_that_the_terminal_cannot_show(tmp_path, run: Path):
     folder = tmp_path / "häll-日本"
     shutil.copytree(run, folder)
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"}
-    command = [sys.executable, *f"{SHORT} --output {folder} --resume".split()]
+    command = [sys.executable, *f"recipes/train.py {SHORT} --output {folder} --resume".split()]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "is finished" in done.stdout

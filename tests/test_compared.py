@@ -27,6 +27,7 @@ from benchmarks.compared.mondeq import Circular, Dense, MonotoneEquilibrium, Mul
 from benchmarks.compared.ode import ODEFlow, ODESolver, Velocity
 from benchmarks.tables import compared
 from pcdeq_zoo import VARIANTS, ConvergenceError, ConvergenceWarning, record_solves
+from pcdeq_zoo.files import read_jsonl
 
 OPERATORS = {
     "dense": (lambda: Dense(7, m=0.4), [(7,)]),
@@ -237,7 +238,7 @@ def test_the_recipes_train_and_resume_them_for_a_given_time(tmp_path, monkeypatc
     assert second.returncode == 0, second.stderr
     assert "resumed from" in second.stdout
 
-    lines = [json.loads(line) for line in (run / "steps.jsonl").read_text().splitlines()]
+    lines = read_jsonl(run / "steps.jsonl")
     where = [(line["epoch"], line["step"]) for line in lines]
     assert where == sorted(set(where))
     assert [line["seconds"] for line in lines] == sorted(line["seconds"] for line in lines)

@@ -23,11 +23,11 @@ from pcdeq_zoo.data import DATA_ROOT_VARIABLE, as_digit, load, normalize
 MNIST, SVHN, CIFAR = DATASETS["mnist"], DATASETS["svhn"], DATASETS["cifar"]
 
 
-def write_parquet(file: Path, dataset, n: int = 6, column: str = "image", labels=None, names=None, size=None):
+def write_parquet(file: Path, dataset, n: int = 6, column: str = "image", names=None):
     """A file as the Hub has them, with random images; returns these (N, C, H, W) and the labels."""
     channels, height, width = dataset.input_size
-    images = np.random.default_rng(0).integers(0, 256, (n, size or height, size or width, channels), dtype=np.uint8)
-    labels = [i % 10 for i in range(n)] if labels is None else labels
+    images = np.random.default_rng(0).integers(0, 256, (n, height, width, channels), dtype=np.uint8)
+    labels = [i % 10 for i in range(n)]
     encoded = []
     for array in images:
         buffer = io.BytesIO()

@@ -2,10 +2,10 @@
 
 import dataclasses
 import functools
-import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -23,22 +23,24 @@ from torch.nn import functional as F
 from train import Training
 
 from pcdeq_zoo import VARIANTS, Recipe
+from pcdeq_zoo.files import read_jsonl
+
+DTYPES = (torch.float32, torch.bfloat16)
 
 
-def _batch_norm_worker(rank: int, folder: str, dtype: torch.dtype) -> None:
+def _batch_norm_worker(rank: int, folder: str) -> None:
     """One of two processes with an uneven share of a batch; it writes what it gets."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    norm = batch_norm()
-    norm = synchronize_batch_norm(norm, torch.device("cpu"))
-    x = batch()[:4] if rank == 0 else batch()[4:]
-    x = x.to(dtype).requires_grad_()
-    y = norm(x)
-    assert y.dtype == dtype
-    (y.float() * torch.sin(x.detach().float())).sum().backward()
-    weight_grad = norm[0].weight.grad.clone()
-    dist.all_reduce(weight_grad)  # as DistributedDataParallel would
-    state = {"y": y.detach(), "x_grad": x.grad, "weight_grad": weight_grad, **norm.state_dict()}
-    torch.save(state, f"{folder}/{rank}.pt")
+    for dtype in DTYPES:
+        norm = synchronize_batch_norm(batch_norm(), torch.device("cpu"))
+        x = (batch()[:4] if rank == 0 else batch()[4:]).to(dtype).requires_grad_()
+        y = norm(x)
+        assert y.dtype == dtype
+        (y.float() * torch.sin(x.detach().float())).sum().backward()
+        weight_grad = norm[0].weight.grad.clone()
+        dist.all_reduce(weight_grad)  # as DistributedDataParallel would
+        state = {"y": y.detach(), "x_grad": x.grad, "weight_grad": weight_grad, **norm.state_dict()}
+        torch.save(state, f"{folder}/{dtype}.{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -53,13 +55,24 @@ def batch() -> torch.Tensor:
     return 10 + torch.randn(7, 3, 9, 9, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_batch_norm_over_processes_is_batch_norm(tmp_path, dtype: torch.dtype):
-    torch.multiprocessing.spawn(_batch_norm_worker, (str(tmp_path), dtype), nprocs=2)
+def _start(worker: Callable[..., None], *arguments: object) -> None:
+    """Two processes, forked from one that knows PyTorch; see `processes`."""
+    torch.multiprocessing.start_processes(worker, arguments, nprocs=2, start_method="forkserver")
+
+
+@pytest.fixture(scope="module")
+def normalized_by_two(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("batch_norm")
+    _start(_batch_norm_worker, str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_batch_norm_over_processes_is_batch_norm(normalized_by_two: Path, dtype: torch.dtype):
     norm, x = batch_norm(), batch().to(dtype).requires_grad_()
     y = norm(x)
     (y.float() * torch.sin(x.detach().float())).sum().backward()
-    parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    parts = [torch.load(normalized_by_two / f"{dtype}.{rank}.pt", weights_only=True) for rank in range(2)]
     exact = dtype == torch.float32
     close = functools.partial(torch.testing.assert_close, rtol=1e-4 if exact else 0.02, atol=1e-5 if exact else 0.02)
     close(torch.cat([part["y"] for part in parts]), y.detach())
@@ -102,7 +115,7 @@ def test_a_step_is_the_mean_over_all_its_images(tmp_path, processes: int):
     if processes == 1:
         _step_worker(0, 1, 0, str(tmp_path))
     else:
-        torch.multiprocessing.spawn(_step_worker, (processes, free_port(), str(tmp_path)), nprocs=processes)
+        _start(_step_worker, processes, free_port(), str(tmp_path))
     recipe, images, labels = thirteen()
     torch.manual_seed(0)
     model = timm.create_model(NAME, stop=recipe.stop, tol=recipe.tol).train()
@@ -132,10 +145,7 @@ def test_steps_are_logged_as_the_first_process_has_seen_them(tmp_path, monkeypat
             training.save()
         training.step(torch.arange(8, 13), eps=0.0)
         training._log_steps()
-    one, two = (
-        [json.loads(line) for line in (tmp_path / name / "steps.jsonl").read_text().splitlines()]
-        for name in ("saves", "does not")
-    )
+    one, two = (read_jsonl(tmp_path / name / "steps.jsonl") for name in ("saves", "does not"))
     assert len(one) == 2
     assert one == two
 
@@ -161,7 +171,7 @@ def test_one_process_instead_of_two_is_refused(tmp_path):
     """`accelerate launch --cpu --num_processes 2` starts one, without a word."""
     launcher = [str(Path(sys.executable).with_name("accelerate")), "launch", "--cpu", "--num_processes=2"]
     launcher += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
-    arguments = f"{SHORT} --output {tmp_path / 'run'}"
+    arguments = f"recipes/train.py {SHORT} --output {tmp_path / 'run'}"
     done = subprocess.run([*launcher, *arguments.split()], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert "accelerate was asked for several processes and started one; on CPUs say --multi_gpu" in done.stderr

@@ -1,6 +1,5 @@
 """Evaluation: what is measured, of which files, and the rows that it writes."""
 
-import sys
 from pathlib import Path
 
 import evaluate
@@ -12,13 +11,12 @@ from pcdeq_zoo.weights import checkpoints, sha256
 
 
 @pytest.mark.parametrize("own", [True, False])
-def test_evaluate_writes_a_row_of_what_it_measured(run: Path, tmp_path, monkeypatch, own: bool):
+def test_evaluate_writes_a_row_of_what_it_measured(run: Path, tmp_path, here, own: bool):
     """How a file was trained is known of those that ship only, whatever another one is called."""
     shipped = checkpoints()[CHECKPOINT]
     file = shipped.file if own else run / "model.safetensors"
     arguments = f"--model {NAME} --checkpoint {file} --data sample --output {tmp_path / 'row.csv'}"
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments.split()])
-    evaluate.main()
+    here(evaluate.main, arguments)
     row = row_of(tmp_path, "row.csv").row
     assert row["sha256"] == sha256(file)
     assert row["n"] == "400"

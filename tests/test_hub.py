@@ -40,6 +40,9 @@ CHECKPOINT = f"{NAME}.{VARIANTS[NAME].default_recipe}"
 SHIPPED = checkpoints()[CHECKPOINT]
 TAG = f"v{__version__}"
 
+# The client sleeps between its tries, half a minute in all where a server is gone.
+AT_ONCE = "import time; time.sleep = lambda seconds: None\n"
+
 # What every script starts with.
 PRELUDE = """
 import json, sys
@@ -224,7 +227,8 @@ class TestPublish:
         empty_hub.stop()
         empty_hub.start("--die-at-upload", "2")
         port = empty_hub.address.rpartition(":")[2]
-        done = empty_hub.publish(*some)
+        script = f"{AT_ONCE}from pcdeq_zoo.publish import main; main()"
+        done = python("-c", script, *some, env=empty_hub.environment())
         assert done.returncode == 1
         assert f"{NAMESPACE}/{second}: Error while uploading 'model.safetensors'" in done.stderr
         assert "Traceback" not in done.stderr
@@ -471,7 +475,7 @@ blob.write_bytes(blob.read_bytes()[:1000])
 found.append(error(name, cache_dir=sys.argv[2] + "/cut"))
 print(json.dumps(found))
 """
-        flipped, cut = empty_hub.python(script, str(blob), str(empty_hub.folder))
+        flipped, cut = empty_hub.python(AT_ONCE + script, str(blob), str(empty_hub.folder))
         assert "delete this file to download it again" in flipped
         assert cut.startswith(f"WeightsError: weights of {CHECKPOINT}: no model.safetensors from the Hub repository")
 

@@ -16,7 +16,7 @@ from run_folder import locked, newest_state, read_state, record_launch, write_st
 
 from pcdeq_zoo.weights import sha256
 
-INTERRUPTED = f"{SHORT.partition(' ')[2]} --save-every 3 --ema-decay 0.9"
+INTERRUPTED = f"{SHORT} --save-every 3 --ema-decay 0.9"
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def flip(file: Path) -> None:
     file.write_bytes(content)
 
 
-def test_a_state_holds_no_pickles_and_none_is_loaded(interrupted: Path, tmp_path, monkeypatch, refuse):
+def test_a_state_holds_no_pickles_and_none_is_loaded(interrupted: Path, tmp_path, here, refuse):
     """As accelerate loads `custom_checkpoint_*.pkl` and `optimizer.bin`, from a run folder of somebody else."""
     run = Path(shutil.copytree(interrupted, tmp_path / "run"))
     state = only_state(run)
@@ -102,8 +102,7 @@ def test_a_state_holds_no_pickles_and_none_is_loaded(interrupted: Path, tmp_path
     planted = ("custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl", "random_states_0.pkl", "optimizer.bin")
     for name in (*planted, "pytorch_model.bin", "scheduler.bin"):
         (state / name).write_bytes(pickle.dumps(Attack(tmp_path / "attacked")))
-    monkeypatch.setattr(sys, "argv", ["train.py", *INTERRUPTED.split(), f"--output={run}", "--resume"])
-    train.main()
+    here(train.main, f"{INTERRUPTED} --output {run} --resume")
     assert (run / "results.csv").exists()
     assert not (tmp_path / "attacked").exists()
 
@@ -192,12 +191,11 @@ def test_others_may_read_what_the_umask_lets_them(umask: int, tmp_path):
     assert modes == {name: (0o777 if name == state.name else 0o666) & ~umask for name in modes}
 
 
-def test_what_is_beside_the_states_stays(interrupted: Path, tmp_path, monkeypatch):
+def test_what_is_beside_the_states_stays(interrupted: Path, tmp_path, here):
     """Somebody's notes and backups, and what a killed process had begun to write."""
     run = Path(shutil.copytree(interrupted, tmp_path / "run"))
     (run / "state" / "notes.txt").touch()
     (run / "state" / "my-backup").mkdir()
     (run / "state" / ".partial-x").mkdir()
-    monkeypatch.setattr(sys, "argv", ["train.py", *INTERRUPTED.split(), f"--output={run}", "--resume"])
-    train.main()
+    here(train.main, f"{INTERRUPTED} --output {run} --resume")
     assert sorted(file.name for file in (run / "state").iterdir()) == ["my-backup", "notes.txt"]

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import io
 import json
 import re
 import shutil
@@ -15,22 +14,20 @@ from pathlib import Path
 
 import evaluate
 import psutil
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import sweep
 import timm
 import torch
 import train
 from config import Config
-from PIL import Image
 from processes import ROOT, python
 from recipe_runs import NAME, SHORT, command, launch, log_of, row_of
 from run_folder import newest_state
 from safetensors.torch import load_file
+from test_data import write_parquet
 from torch.nn import functional as F
 
-from pcdeq_zoo import VARIANTS, Recipe
+from pcdeq_zoo import DATASETS, VARIANTS, Recipe, pgd
 from pcdeq_zoo.data import load
 from pcdeq_zoo.weights import sha256
 from tools import ship
@@ -74,7 +71,8 @@ def test_the_result_loads_through_timm(run: Path):
 
 @pytest.mark.usefixtures("device")
 def test_the_seed_makes_it_reproducible(run: Path, tmp_path):
-    again = python(*f"{SHORT} --output {tmp_path / 'again'}".split())
+    """Started as the README says, too."""
+    again = launch(f"recipes/train.py {SHORT} --output {tmp_path / 'again'}")
     assert again.returncode == 0, again.stderr
     one, two = (folder / "model.safetensors" for folder in (run, tmp_path / "again"))
     assert sha256(one) == sha256(two)
@@ -83,7 +81,7 @@ def test_the_seed_makes_it_reproducible(run: Path, tmp_path):
 # Batches and groups of them that do not come out even, and all that a recipe can ask for. What is left to the tolerance
 # differs between batches of different sizes, and Adam makes much of it.
 EVERYTHING = (
-    "recipes/train.py --model pcdeq1_mc_tanh_mnist --recipe paper --data sample --epochs 2 --limit-train 500 "
+    "--model pcdeq1_mc_tanh_mnist --recipe paper --data sample --epochs 2 --limit-train 500 "
     "--tol 1e-5 --save-every 2 --batch-size 63 --grad-accum 2 --ema-decay 0.9 --label-smoothing 0.1 --output "
 )
 
@@ -95,7 +93,7 @@ def whole(tmp_path_factory, device: torch.device) -> Callable[[int], Path]:
 
     @functools.cache
     def run(processes: int) -> Path:
-        arguments = f"{EVERYTHING}{folder / str(processes)}"
+        arguments = f"recipes/train.py {EVERYTHING}{folder / str(processes)}"
         done = python(*arguments.split()) if processes == 1 else launch(arguments, processes)
         assert done.returncode == 0, done.stderr
         assert f"{processes} x {device.type if processes == 1 else 'cpu'}" in done.stdout
@@ -109,7 +107,10 @@ def test_killed_and_resumed_is_as_if_nothing_had_happened(tmp_path, whole, here,
     """kill -9 in the middle of an epoch: the same bits in the end, and the same log."""
     broken = tmp_path / "broken"
     process = subprocess.Popen(
-        command(f"{EVERYTHING}{broken}", processes), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command(f"recipes/train.py {EVERYTHING}{broken}", processes),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     state = broken / "state" / "epoch-0002-step-000002"
     while not state.exists():
@@ -121,7 +122,7 @@ def test_killed_and_resumed_is_as_if_nothing_had_happened(tmp_path, whole, here,
     process.kill()
     process.wait()
     if processes == 1:  # the training itself is alive, and a second one must not write beside it
-        second = refuse(train.main, f"{EVERYTHING.partition(' ')[2]}{broken} --resume")
+        second = refuse(train.main, f"{EVERYTHING}{broken} --resume")
         assert second == f"another process is training in {broken}"
     for child in children:
         child.kill()
@@ -129,7 +130,7 @@ def test_killed_and_resumed_is_as_if_nothing_had_happened(tmp_path, whole, here,
     assert not (broken / "model.safetensors").exists()
     saved = Path(shutil.copytree(broken / "state", tmp_path / "saved"))
 
-    again = f"{EVERYTHING}{broken} --resume"
+    again = f"recipes/train.py {EVERYTHING}{broken} --resume"
     resumed = python(*again.split()) if processes == 1 else launch(again, processes)
     assert resumed.returncode == 0, resumed.stderr
     assert f"resumed from {broken / 'state'}" in resumed.stdout
@@ -139,7 +140,7 @@ def test_killed_and_resumed_is_as_if_nothing_had_happened(tmp_path, whole, here,
     assert not (broken / "state").exists()
     if processes == 1:  # the same from a state that was put aside, in another folder
         state = max(saved.glob("epoch-*"))  # the kill may have come before the older one was removed
-        printed = here(train.main, f"{EVERYTHING.partition(' ')[2]}{tmp_path / 'elsewhere'} --resume {state}")
+        printed = here(train.main, f"{EVERYTHING}{tmp_path / 'elsewhere'} --resume {state}")
         assert f"resumed from {state}" in printed
         two = load_file(tmp_path / "elsewhere" / "model.safetensors")
         assert all(torch.equal(one[key], two[key]) for key in one)
@@ -158,7 +159,10 @@ def test_a_launcher_that_is_ended_ends_its_training(tmp_path, when: str):
     """SIGTERM to `accelerate launch` of one process does not reach its child."""
     run = tmp_path / "run"
     process = subprocess.Popen(
-        command(f"{EVERYTHING}{run} --epochs 200"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command(f"recipes/train.py {EVERYTHING}{run} --epochs 200"),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     launcher, started = psutil.Process(process.pid), False
     while not started:
@@ -167,7 +171,9 @@ def test_a_launcher_that_is_ended_ends_its_training(tmp_path, when: str):
         if when == "training":
             started = bool(list(run.glob("state/epoch-*")))
         with contextlib.suppress(psutil.Error):  # it has children that end at once, too
-            mapped = (file.path for child in launcher.children() for file in child.memory_maps())
+            # Before it is another program, a child has all that its parent has.
+            others = [child for child in launcher.children() if "launch" not in child.cmdline()]
+            mapped = (file.path for child in others for file in child.memory_maps())
             started |= when == "importing" and any("libtorch" in path for path in mapped)
     (training,) = launcher.children(recursive=True)
     process.terminate()  # and not waited for, so that it stays as a zombie
@@ -191,7 +197,7 @@ def test_a_launcher_that_is_ended_ends_its_training(tmp_path, when: str):
 
 def test_a_run_goes_on_wherever_its_launcher_was_ended(run: Path, tmp_path, monkeypatch, here, refuse):
     """After the last step of an epoch, too; and run.json says by which commits it was trained."""
-    other, flags = tmp_path / "other", f"{SHORT.partition(' ')[2]} --output {tmp_path / 'other'} --resume"
+    other, flags = tmp_path / "other", f"{SHORT} --output {tmp_path / 'other'} --resume"
     for done in (0, 1, 9, 3):  # more steps, of ten per epoch: the third time ends with the first epoch
         with monkeypatch.context() as patch:
             asked = iter(range(1000))
@@ -212,7 +218,7 @@ def test_a_run_goes_on_wherever_its_launcher_was_ended(run: Path, tmp_path, monk
 def test_a_resumed_run_drops_what_it_would_have_dropped(tmp_path, monkeypatch, here, refuse):
     """Of a network with dropout, ended in the middle of an epoch."""
     monkeypatch.setattr(train, "make_model", lambda config, _: timm.create_model(config.model, drop_rate=0.5))
-    flags = f"{SHORT.partition(' ')[2]} --epochs 1 --output "
+    flags = f"{SHORT} --epochs 1 --output "
     here(train.main, f"{flags}{tmp_path / 'whole'}")
     with monkeypatch.context() as patch:
         asked = iter(range(1000))
@@ -228,7 +234,7 @@ def test_killed_before_the_first_state(run: Path, tmp_path, here):
     (broken / "state" / ".partial-epoch").mkdir(parents=True)
     shutil.copy(run / "run.json", broken)
     (broken / "log.jsonl").write_text((run / "log.jsonl").read_text().splitlines(keepends=True)[0])
-    here(train.main, f"{SHORT.partition(' ')[2]} --output {broken} --resume")
+    here(train.main, f"{SHORT} --output {broken} --resume")
     assert log_of(broken) == log_of(run)
 
 
@@ -256,23 +262,15 @@ def test_a_finished_run_is_never_overwritten(run: Path, here, refuse):
         f"{run} holds a run with other settings: recipe.epochs 2 there, 1 here, recipe.lr_decay_epoch 2 there, 1 here; "
         "give another --output"
     )
-    assert here(train.main, f"{SHORT.partition(' ')[2]} --output {run} --resume").strip() == f"{run} is finished"
+    assert here(train.main, f"{SHORT} --output {run} --resume").strip() == f"{run} is finished"
     assert sha256(run / "model.safetensors") == before
 
 
 def test_a_small_set_in_the_layout_of_svhn(tmp_path):
     """There is no SVHN here; its recipe and evaluation run on images that are made up."""
     folder = tmp_path / "svhn"
-    folder.mkdir()
-    generator = torch.Generator().manual_seed(0)
     for split, count in (("train", 160), ("test", 40)):
-        rows = []
-        for index in range(count):
-            pixels = torch.randint(0, 256, (32, 32, 3), generator=generator, dtype=torch.uint8).numpy()
-            stream = io.BytesIO()
-            Image.fromarray(pixels).save(stream, "PNG")
-            rows.append({"image": {"bytes": stream.getvalue(), "path": None}, "label": index % 10})
-        pq.write_table(pa.Table.from_pylist(rows), folder / f"{split}-00000-of-00001.parquet")
+        write_parquet(folder / f"{split}-00000-of-00001.parquet", DATASETS["svhn"], n=count)
     arguments = f"recipes/train.py --model pcdeq1_mc_softsign_svhn --recipe paper --data {folder} --epochs 1"
     arguments += f" --output {tmp_path / 'run'} --report-to tensorboard --mixed-precision bf16"
     done = python(*arguments.split())
@@ -284,8 +282,13 @@ def test_a_small_set_in_the_layout_of_svhn(tmp_path):
     assert list((tmp_path / "run").rglob("events.out.tfevents*"))
 
 
-def test_a_robust_recipe_trains_for_what_it_measures(tmp_path, here):
+def test_a_robust_recipe_trains_for_what_it_measures(tmp_path, here, monkeypatch):
     model, run = "pcdeq1_l_tanh_mnist", tmp_path / "run"
+
+    def weak_pgd(*arguments: object, **settings: object) -> torch.Tensor:
+        return pgd(*arguments, **settings | {"steps": 5, "restarts": 1})
+
+    monkeypatch.setattr(evaluate, "pgd", weak_pgd)  # nothing here asks for the strong one
     here(train.main, f"--model {model} --recipe robust_0.1 --data sample --epochs 6 --output {run}")
     log, row = log_of(run), row_of(run).row
     assert all(0 <= line["train_certified"] <= line["train_top1"] <= 100 for line in log)
@@ -313,13 +316,11 @@ def test_a_recipe_of_the_first_images_takes_these_alone(tmp_path, refuse, monkey
     assert line == "this recipe takes 4434 training images, and there are 4433"
 
 
-def test_what_is_held_out(tmp_path, monkeypatch, capsys):
+def test_what_is_held_out(tmp_path, here):
     """The last images of the training set, which the run does not see, and not one of the test set."""
     run = tmp_path / "run"
-    monkeypatch.setattr(sys, "argv", f"train.py --model {NAME} --data sample --epochs 1 --output {run}".split())
-    sys.argv += ["--hold-out", "1000", "--limit-train", "500"]
-    train.main()
-    out = capsys.readouterr().out
+    arguments = f"--model {NAME} --data sample --epochs 1 --output {run} --hold-out 1000 --limit-train 500"
+    out = here(train.main, arguments)
     assert "on 500 of the 60000 training images" in out
     assert "on 1000 held-out images" in out
     model = timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay={"file": str(run / "model.safetensors")})
@@ -332,7 +333,7 @@ def test_what_is_held_out(tmp_path, monkeypatch, capsys):
 
 
 def test_another_width(tmp_path, here):
-    printed = here(train.main, f"{SHORT.partition(' ')[2]} --channels 24 --output {tmp_path / 'run'}")
+    printed = here(train.main, f"{SHORT} --channels 24 --output {tmp_path / 'run'}")
     assert re.search(r"accuracy \d\d\.\d\d % on 400 test images", printed)
     overlay = {"file": str(tmp_path / "run" / "model.safetensors")}
     model = timm.create_model(NAME, pretrained=True, channels=(24,), pretrained_cfg_overlay=overlay)
@@ -369,9 +370,9 @@ def test_sweep(tmp_path, here):
     assert len(printed) == 6  # tanh, softsign, sigmoid
     assert all("--resume" in line and "--seed=" in line for line in printed)
 
-    arguments = [sys.executable, str(ROOT / "recipes" / "sweep.py"), "pcdeq1_l_[ts]*_mnist", "--jobs", "2", "--"]
+    arguments = [ROOT / "recipes" / "sweep.py", "pcdeq1_l_[ts]*_mnist", "--jobs", "2", "--"]
     arguments += ["--data", "sample", "--epochs", "1", "--limit-train", "128"]
-    done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True)
+    done = python(*arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     names = {f"pcdeq1_l_{activation}_mnist.zoo.seed0" for activation in ("tanh", "softsign")}
     assert {folder.name for folder in (tmp_path / "runs").iterdir() if folder.is_dir()} == names
@@ -379,7 +380,7 @@ def test_sweep(tmp_path, here):
     other = tmp_path / "runs" / "pcdeq1_l_tanh_mnist.zoo.seed0"
     settings = (other / "run.json").read_text()
     (other / "run.json").write_text(settings.replace('"hold_out": null', '"hold_out": 100'))
-    done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True)
+    done = python(*arguments, cwd=tmp_path)
     assert done.returncode == 1
     assert "1 of 2 runs failed" in done.stderr
     assert "softsign_mnist.zoo.seed0 is finished" in done.stdout

@@ -20,6 +20,7 @@ from timm.models._hub import save_for_hf
 import pcdeq_zoo
 from pcdeq_zoo import DATASETS, VARIANTS, Recipe, WeightsError, certify, pgd
 from pcdeq_zoo.data import normalize
+from pcdeq_zoo.files import read_jsonl
 from pcdeq_zoo.weights import CHECKPOINTS, Checkpoint, checkpoints, sha256
 from tools.ship import LOGITS, RUNS, example_logits, log_of, runs
 
@@ -93,7 +94,7 @@ def test_row_and_file_belong_together(checkpoint: Checkpoint):
 
 @pytest.mark.parametrize("run", runs(), ids=lambda run: f"{run.name}.seed{run.seed}")
 def test_row_log_and_settings_of_a_run_belong_together(run: Checkpoint):
-    log = [json.loads(line) for line in log_of(run).read_text().splitlines()]
+    log = read_jsonl(log_of(run))
     assert [line["epoch"] for line in log] == list(range(1, int(run.row["epochs"]) + 1))
     assert round(sum(line["seconds"] for line in log) / 3600, 2) == float(run.row["hours"])
     settings = json.loads((RUNS / f"{run.name}.seed{run.seed}.json").read_text())

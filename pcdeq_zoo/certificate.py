@@ -175,7 +175,7 @@ def enclosure(layer: PcDEQLinear | PcDEQConv2d, x: Tensor, *, tol: float = 1e-9,
             raise ValueError(f"{name} has {bad} entries that are NaN or infinite, and so no equilibrium to enclose")
     margin = rounding_error(map_, worst_case=True)
     with full_precision(x.device):
-        lower = map_(torch.zeros_like(map_.x)) * (1 - margin)
+        lower = map_.start * (1 - margin)
         upper = torch.full_like(map_.x, map_.activation.supremum)
         for _ in range(max_evals):
             lower = torch.maximum(map_(lower) * (1 - margin), lower)

@@ -173,14 +173,13 @@ class Affine(NamedTuple):
     def interval(self, box: Box, *, proven: bool) -> Box:
         """Exact but for rounding: the outputs at the corners that the signs of a row of A pick."""
         center = box.center
-        if not proven:
-            output, width = self.function(center), self.spread(box.upper - center)
-            return Box(output - width, output + width)
-        radius = box.radius
-        share = rounding(center, self.terms)
         output = self.function(center)
-        width = self.spread(radius + share * (center.abs() + radius)) / (1 - share) + (share * self.offset + TINY)
-        return Box(output, output).widened(width)
+        if not proven:
+            width = self.spread(box.upper - center)
+        else:
+            radius, share = box.radius, rounding(center, self.terms)
+            width = self.spread(radius + share * (center.abs() + radius)) / (1 - share) + (share * self.offset + TINY)
+        return Box(output - width, output + width)
 
 
 def affine(module: nn.Module, x: Tensor, clean: Tensor | None = None) -> Affine | None:

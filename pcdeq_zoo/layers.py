@@ -51,7 +51,7 @@ class _Problem(NamedTuple):
     def map(self, u: Tensor, weight: Tensor) -> EquilibriumMap:
         """Of u, both in the precision of the solve."""
         w = operator(weight) if self.solver.stop == "certified" else self.operator(weight)
-        return EquilibriumMap(w.arrange(u), w, self.activation)
+        return EquilibriumMap(u, w, self.activation)
 
     def equilibrium(self, u: Tensor, weight: Tensor) -> Solution:
         """Of u, both in the precision of the solve."""
@@ -71,7 +71,7 @@ class _Problem(NamedTuple):
         """Fixed point of `LinearizedMap` at an equilibrium with these slopes: with Wᵀ "backward", with W else."""
         with full_precision(g.device):
             w = self.operator(weight)
-            map_ = LinearizedMap(w.arrange(slopes), w.arrange(g), w.adjoint() if direction == "backward" else w)
+            map_ = LinearizedMap(slopes, g, w.adjoint() if direction == "backward" else w)
             solution = self.solver.linearized(map_)
         known = solution
         if not g.is_meta and bool((solution.status == Status.NON_FINITE).any()):
@@ -377,8 +377,7 @@ class _PcDEQLayer(TraceableLoop):
         Its products are good enough for proofs, to whatever tolerance the layer itself is solved.
         """
         u = self._prepare(u)
-        w = operator(self._normalized_weight().to(u.dtype))
-        return EquilibriumMap(w.arrange(u), w, ACTIVATIONS[self.activation])
+        return EquilibriumMap(u, operator(self._normalized_weight().to(u.dtype)), ACTIVATIONS[self.activation])
 
     @torch.jit.unused
     @torch.compiler.disable
@@ -410,12 +409,7 @@ class _PcDEQLayer(TraceableLoop):
         problem = self._problem()
         if solver is not None:
             problem = problem._replace(solver=solver)
-        weight = self._normalized_weight().to(u.dtype)
-        if torch.is_grad_enabled():
-            z, _, bound = _Equilibrium.apply(u, weight, problem)
-        else:
-            solution = problem.equilibrium(u, weight)
-            z, bound = solution.value, solution.bound
+        z, bound = self._solved(u, problem)
         least, largest = z.chunk(2)
         if problem.solver.stop == "certified":
             # What the rounding of this line takes is four units in the last place.
@@ -449,7 +443,7 @@ class _PcDEQLayer(TraceableLoop):
         magnitude = self.magnitude.masked_fill(self.magnitude < 0, 0.0)
         if direction.dtype == torch.float16 or direction.dtype == torch.bfloat16:
             direction, magnitude = direction.float(), magnitude.float()
-        norm = torch.linalg.vector_norm(direction, dim=list(range(1, direction.ndim)), keepdim=True)
+        norm = _row_norms(direction)
         norm = norm.masked_fill(norm.isinf(), math.nan)  # a row whose squares overflow must not pass for one of zeros
         return direction * (magnitude / norm.clamp(min=self._NORM_FLOOR))
 
@@ -467,11 +461,21 @@ class _PcDEQLayer(TraceableLoop):
                 "torch.jit.trace would fix the number of evaluations and the batch; use torch.jit.script on a model "
                 "made with scriptable=True, or torch.export on one made with exportable=True"
             )
-        weight, problem = self._normalized_weight().to(u.dtype), self._problem()
+        return self._solved(u, self._problem())[0]
+
+    @torch.jit.unused
+    def _solved(self, u: Tensor, problem: _Problem) -> tuple[Tensor, Tensor]:
+        """The equilibrium and the proven bound of its error, shape (N,); through autograd where anyone differentiates.
+
+        Without that, no tensors are saved for it, and σ′ is not computed.
+        """
+        weight = self._normalized_weight().to(u.dtype)
         tangents = (forward_ad.unpack_dual(tensor).tangent for tensor in (u, weight))
         if torch.is_grad_enabled() or transformed() or any(tangent is not None for tangent in tangents):
-            return _Equilibrium.apply(u, weight, problem)[0]
-        return problem.equilibrium(u, weight).value
+            z, _, bound = _Equilibrium.apply(u, weight, problem)
+            return z, bound
+        solution = problem.equilibrium(u, weight)
+        return solution.value, solution.bound
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -64,8 +64,6 @@ class Pair:
             up, shape (N,); None where products are full.
     """
 
-    __slots__ = ("_change", "_size", "d1", "d2", "dims", "moved", "p1", "p2", "size1", "size2", "z0", "z1", "z2")
-
     def __init__(
         self, z0: Tensor, z1: Tensor, z2: Tensor, d1: Tensor, p1: Tensor | None = None, p2: Tensor | None = None
     ) -> None:
@@ -73,21 +71,15 @@ class Pair:
         self.dims = list(range(1, z2.ndim))
         self.size1, self.size2 = (torch.linalg.vector_norm(d, dim=self.dims) for d in (self.d1, self.d2))
         self.moved: Tensor | None = None
-        self._size: Tensor | None = None
-        self._change: Tensor | None = None
 
-    @property
+    @cached_property
     def size(self) -> Tensor:
-        if self._size is None:
-            self._size = torch.linalg.vector_norm(self.z2, dim=self.dims)
-        return self._size
+        return torch.linalg.vector_norm(self.z2, dim=self.dims)
 
-    @property
+    @cached_property
     def change(self) -> Tensor:
         """‖d₂‖₂ / ‖z₂‖₂, shape (N,); NaN or wrong where `in_range` is not."""
-        if self._change is None:
-            self._change = self.size2 / self.size
-        return self._change
+        return self.size2 / self.size
 
     def in_range(self) -> Tensor:
         """Where no square of a change vanishes, shape (N,), bool. Norms that overflow make errors of 0 or NaN."""
@@ -103,7 +95,8 @@ class Pair:
         pair = copy.copy(self)
         pair.d1, pair.d2, pair.z2 = (t / scale for t in (self.d1, self.d2, self.z2))
         pair.size1, pair.size2, size = (torch.linalg.vector_norm(t, dim=self.dims) for t in (pair.d1, pair.d2, pair.z2))
-        pair._size, pair._change = size.clamp_(min=1e-30), None  # 0 is the size of a sample that is, and stays, 0
+        pair.size = size.clamp_(min=1e-30)  # 0 is the size of a sample that is, and stays, 0
+        pair.change = pair.size2 / pair.size
         scale = scale.flatten()
         if self.moved is not None:
             pair.moved = self.moved / scale
@@ -167,7 +160,6 @@ class OperatorMap(FixedPointMap):
     Attributes:
         x: Shape (N, ...), in the memory order of `operator`.
         operator: A.
-        reduced_error: See `FixedPointMap`.
         starts_full: Whether the first product is a full one, of an operator that has such.
     """
 
@@ -175,13 +167,17 @@ class OperatorMap(FixedPointMap):
     operator: Operator
     starts_full = True
 
+    @property
+    def reduced_error(self) -> float | None:  # type: ignore[override]
+        return self.operator.reduced_error
+
     @cached_property
     def check_every(self) -> int:
         # On a GPU the answer is waited for; of a small matrix two products are done in the time it takes.
         return 2 if self.like.device.type == "cpu" and isinstance(self.operator, Convolution) else 4
 
-    def apply(self, p: Tensor, out: Tensor | None = None) -> Tensor:
-        """f(p), into `out` if given, which may be p."""
+    def apply(self, p: Tensor) -> Tensor:
+        """f(p)."""
         raise NotImplementedError
 
     def argument(self, z: Tensor) -> Tensor:
@@ -241,7 +237,7 @@ class OperatorMap(FixedPointMap):
             return self
         assert isinstance(self.operator, Convolution)
         full = copy.copy(self)
-        full.operator, full.reduced_error = self.operator.in_full_precision(), None
+        full.operator = self.operator.in_full_precision()
         return full
 
 
@@ -249,16 +245,15 @@ class EquilibriumMap(OperatorMap):
     """g(z) = σ(W z + x) for z ≥ 0, x the input map of u: positive and concave, with exactly one fixed point.
 
     Args:
-        u: Input of the layer, shape (N, ...), in the memory order of `operator`.
+        u: Input of the layer, shape (N, ...).
         operator: W.
         activation: σ and its input map.
     """
 
     def __init__(self, u: Tensor, operator: Operator, activation: Activation) -> None:
-        self.u = self.like = u
+        self.u = self.like = operator.arrange(u)
         self.operator = operator
         self.activation = activation
-        self.reduced_error = operator.reduced_error
 
     @cached_property
     def x(self) -> Tensor:  # type: ignore[override]
@@ -268,8 +263,8 @@ class EquilibriumMap(OperatorMap):
             x += self.u - self.u
         return x
 
-    def apply(self, p: Tensor, out: Tensor | None = None) -> Tensor:
-        return self.activation.evaluate(p, out)
+    def apply(self, p: Tensor) -> Tensor:
+        return self.activation.evaluate(p)
 
     def project(self, z: Tensor) -> Tensor:
         return z.clamp_(0, self.activation.supremum)
@@ -279,9 +274,7 @@ class EquilibriumMap(OperatorMap):
         return self.activation.derivative(z if self.activation.slope_of_output else self.argument(z))
 
     def __getitem__(self, samples: slice | Tensor) -> EquilibriumMap:
-        part = EquilibriumMap(self.u[samples], self.operator, self.activation)
-        part.reduced_error = self.reduced_error
-        return part
+        return EquilibriumMap(self.u[samples], self.operator, self.activation)
 
     def double(self) -> EquilibriumMap:
         """The same map in float64."""
@@ -306,10 +299,9 @@ class LinearizedMap(OperatorMap):
     starts_full = False  # a gradient that is off by 1e-3 is good enough where `tol` asks for no more
 
     def __init__(self, slopes: Tensor, g: Tensor, operator: Operator) -> None:
-        self.slopes = slopes
-        self.g = self.like = g
+        self.slopes = operator.arrange(slopes)
+        self.g = self.like = operator.arrange(g)
         self.operator = operator
-        self.reduced_error = operator.reduced_error
 
     @cached_property
     def scale(self) -> Tensor:
@@ -321,16 +313,14 @@ class LinearizedMap(OperatorMap):
     def x(self) -> Tensor:  # type: ignore[override]
         return self.g / self.scale
 
-    def apply(self, p: Tensor, out: Tensor | None = None) -> Tensor:
-        return torch.mul(p, self.slopes, out=out)
+    def apply(self, p: Tensor) -> Tensor:
+        return p * self.slopes
 
     def restore(self, a: Tensor) -> Tensor:
         return a.mul_(self.scale)
 
     def __getitem__(self, samples: slice | Tensor) -> LinearizedMap:
-        part = LinearizedMap(self.slopes[samples], self.g[samples], self.operator)
-        part.reduced_error = self.reduced_error
-        return part
+        return LinearizedMap(self.slopes[samples], self.g[samples], self.operator)
 
 
 class FunctionMap(FixedPointMap):

@@ -33,7 +33,7 @@ from pcdeq_zoo.pooling import CompactMaxPool2d
 from pcdeq_zoo.solution import OnFailure
 from pcdeq_zoo.solver import Solver, Stop
 from pcdeq_zoo.state_dict import WeightsError, check_state_dict, translated
-from pcdeq_zoo.transforms import in_channels_last, transformed
+from pcdeq_zoo.transforms import transformed
 from pcdeq_zoo.variants import VARIANTS, Variant
 from pcdeq_zoo.weights import Checkpoint, check_config, checkpoints, verified_file
 
@@ -64,6 +64,18 @@ def check_images(x: Tensor, in_chans: int, img_size: tuple[int, int]) -> None:
 
 
 torch.fx.wrap("check_images")  # raises on what it sees, so it must be one node of a graph
+
+
+def in_channels_last(images: Tensor) -> Tensor:
+    """Images (N, C, H, W) in the memory order in which convolutions and pools are several times faster.
+
+    A copy: `contiguous` leaves images of one channel, which pass for ordered in any way, and all that follows them, as
+    they are.
+    """
+    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript takes it nested only
+        if transformed():
+            return images  # torch.func.vmap knows no memory orders
+    return images.clone(memory_format=torch.channels_last)
 
 
 class PcDEQHead(nn.Module):

@@ -38,10 +38,11 @@ class _MaxPool(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, None, None]:
-        if grad is not None:
-            refuse_legacy_vmap(grad)
+        if grad is None:
+            return None, None, None
+        refuse_legacy_vmap(grad)
         x, positions = ctx.saved_tensors
-        return (None if grad is None else _Scatter.apply(grad, x, positions, ctx.size, ctx.padding)), None, None
+        return _Scatter.apply(grad, x, positions, ctx.size, ctx.padding), None, None
 
     @staticmethod
     def jvp(ctx: Any, x_tangent: Tensor, *_: None) -> tuple[Tensor, None]:

@@ -221,16 +221,12 @@ def _equilibrium(layer: PcDEQLinear | PcDEQConv2d, functional: Functional, box: 
     z = Box(*(w.arrange(end.reshape(shape)) for end in outputs))
     share = rounding(map_.x, w.terms + _ULPS)
     p = Box(w.affine(z.lower, map_.x) * (1 - share), w.affine(z.upper, upper.x) * (1 + share))
-
-    def evaluate(p: Tensor) -> Tensor:
-        return sigma.evaluate(p, None)
-
     transposed = w.adjoint()
     a = a.reshape(count, rows, *shape[1:])
     back = torch.zeros_like(a)
     for sign, line in (
-        (1, _chord(evaluate, p, "below")),
-        (-1, _tangent(evaluate, p, "above", sigma.derivative(p.center))),
+        (1, _chord(sigma.evaluate, p, "below")),
+        (-1, _tangent(sigma.evaluate, p, "above", sigma.derivative(p.center))),
     ):
         c = w.arrange((sign * a).clamp(min=0).flatten(0, 1))
         slopes = w.arrange(line.slope.repeat_interleave(rows, 0))

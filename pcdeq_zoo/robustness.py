@@ -18,10 +18,9 @@ from tqdm import tqdm
 
 from pcdeq_zoo.intervals import TINY, Box, interval, modules_in_order, rounding
 from pcdeq_zoo.operators import full_precision
-from pcdeq_zoo.pcdeq import PcDEQ, check_images
+from pcdeq_zoo.pcdeq import PcDEQ, check_images, in_channels_last
 from pcdeq_zoo.relaxations import Functional, least, rounded, step_back
 from pcdeq_zoo.solver import Solver
-from pcdeq_zoo.transforms import in_channels_last
 
 __all__ = [
     "Box",
@@ -391,15 +390,15 @@ def pgd(
         width = (box.upper - box.lower) / 2
         logits = model(best).detach()
         labels = _labels(labels, len(best), logits.shape[1], best.device).clone()
-        least = _logit_margin(logits, labels)
+        lowest = _logit_margin(logits, labels)
         for _ in range(restarts):
             x = torch.rand(best.shape, generator=generator, dtype=best.dtype).to(best.device)
             x = torch.lerp(box.lower, box.upper, x)
             for step in range(steps + 1):
                 x = torch.minimum(torch.maximum(x.detach(), box.lower), box.upper).requires_grad_()
                 margin = _logit_margin(model(x), labels)
-                better = margin.detach() < least
-                best[better], least[better] = x.detach()[better], margin.detach()[better]
+                better = margin.detach() < lowest
+                best[better], lowest[better] = x.detach()[better], margin.detach()[better]
                 if step < steps:
                     (gradient,) = torch.autograd.grad(margin.sum(), x)
                     x = x - (1 + math.cos(math.pi * step / steps)) / 2 * width * gradient.sign()
@@ -408,5 +407,4 @@ def pgd(
 
 def _logit_margin(logits: Tensor, labels: Tensor) -> Tensor:
     """logit[label] − the largest other one, shape (N,)."""
-    own = labels[:, None]
-    return (logits.gather(1, own) - logits.scatter(1, own, -math.inf).amax(1, keepdim=True))[:, 0]
+    return least_margin(logits.gather(1, labels[:, None]) - logits, labels)

@@ -102,16 +102,15 @@ class Solution:
         if not bool(self.status.any()):  # the code of CONVERGED is 0
             return None
         parts = []
-        for status in Status:
+        for status in (Status.MAX_EVALUATIONS, Status.NON_FINITE):
             failed = self.status == status
-            if status is Status.CONVERGED or not failed.any():
-                continue
-            worst = self.residual[failed].max().item()
-            parts.append(
-                f"{int(failed.sum())} of {len(failed)} samples {status.message} "
-                f"(after {int(self.evaluations[failed].max())} evaluations, relative change {worst:.1e})"
-            )
-        return "; ".join(parts) or None
+            if failed.any():
+                worst = self.residual[failed].max().item()
+                parts.append(
+                    f"{int(failed.sum())} of {len(failed)} samples {status.message} "
+                    f"(after {int(self.evaluations[failed].max())} evaluations, relative change {worst:.1e})"
+                )
+        return "; ".join(parts)
 
     def _parts(self) -> tuple[Tensor, ...]:
         return self.value, self.status, self.evaluations, self.residual, self.bound

@@ -1,4 +1,4 @@
-"""How layers go through torch.func, where vmap is a larger batch, and torch.fx, where they are leaves; memory order."""
+"""How layers go through torch.func, where vmap is a larger batch, and torch.fx, where they are leaves."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-__all__ = ["folded", "in_channels_last", "leaf", "refuse_legacy_vmap", "transformed"]
+__all__ = ["folded", "leaf", "refuse_legacy_vmap", "transformed"]
 
 
 def leaf(module: nn.Module, x: Proxy) -> Proxy:
@@ -23,19 +23,6 @@ def leaf(module: nn.Module, x: Proxy) -> Proxy:
 def transformed() -> bool:
     """True inside torch.func's grad, vmap and the like."""
     return torch._C._are_functorch_transforms_active()
-
-
-def in_channels_last(images: Tensor) -> Tensor:
-    """Images (N, C, H, W) in the memory order in which convolutions and pools are several times faster.
-
-    A copy: `contiguous` leaves images of one channel, which pass for ordered in any way, and all that follows them, as
-    they are.
-    """
-    if torch.jit.is_scripting():  # TorchScript cannot ask what is asked next
-        return images.clone(memory_format=torch.channels_last)
-    elif transformed():  # torch.func.vmap knows no memory orders
-        return images
-    return images.clone(memory_format=torch.channels_last)
 
 
 def folded(tensors: Sequence[Tensor], in_dims: Sequence[int | None], count: int) -> list[Tensor]:

@@ -57,23 +57,21 @@ def test_products_are_reduced_only_where_that_is_faster(flags: dict[str, bool], 
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
 @pytest.mark.parametrize("count", [100, 2**16])
 def test_sigma_and_its_slope_of_small_and_large_tensors(activation: str, count: int):
-    """To the rounding errors that a certificate takes them for, in place as well, and without falling anywhere."""
+    """To the rounding errors that a certificate takes them for, and without falling anywhere."""
     p = torch.cat([torch.logspace(-30, 1.5, count), torch.rand(count) * 8]).sort().values
     exact, record = p.double(), ACTIVATIONS[activation]
-    sigma = record.evaluate(p, None)
+    sigma = record.evaluate(p)
     torch.testing.assert_close(sigma.double(), SIGMA[activation](exact), rtol=10 * 2**-24, atol=0)
     assert (sigma <= BOUND[activation]).all()
     assert (sigma.diff() >= -(2**-22) * sigma[1:]).all()
     slope = record.derivative(p)
     torch.testing.assert_close(slope.double(), derivative(activation, exact), rtol=1e-5, atol=1e-15)
-    assert record.evaluate(p, p) is p
-    assert torch.equal(p, sigma)
 
 
 def test_the_default_dtype_at_import_does_not_matter():
     code = "import torch; torch.set_default_dtype(torch.bfloat16); torch.set_default_device('meta'); "
     code += "from pcdeq_zoo.activations import ACTIVATIONS; evaluate = ACTIVATIONS['tanh'].evaluate; "
-    code += "p = torch.full((2**15,), 1e-10, dtype=torch.float32, device='cpu'); print(evaluate(p, None).sub_(p).any())"
+    code += "p = torch.full((2**15,), 1e-10, dtype=torch.float32, device='cpu'); print(evaluate(p).sub_(p).any())"
     assert python("-c", code).stdout == "tensor(False)\n"
 
 

@@ -65,8 +65,11 @@ def test_the_tangent_is_the_adjoint_of_the_gradient(kind: str, activation: str):
     (gradient,) = torch.autograd.grad((layer(x.requires_grad_()) * a).sum(), x)
     assert (tangent * a).sum().item() == pytest.approx((gradient * t).sum().item(), rel=1e-9)
     with forward_ad.dual_level():
-        dual = layer(forward_ad.make_dual(x.detach(), t))
-        assert torch.equal(forward_ad.unpack_dual(dual).tangent, tangent)
+        dual = forward_ad.make_dual(x.detach(), t)
+        assert torch.equal(forward_ad.unpack_dual(layer(dual)).tangent, tangent)
+        with torch.no_grad():
+            for same in (layer(dual), *layer.hull(dual, dual)):
+                close(forward_ad.unpack_dual(same).tangent, tangent)
 
 
 @every_layer

@@ -112,14 +112,16 @@ def test_nothing_is_recorded_that_has_no_row():
 
 @every_checkpoint
 def test_the_mean_over_seeds_is_not_below_the_paper(checkpoint: Checkpoint):
-    """By more than 0.1, as the paper rounds its means and ours scatter; but for the net that is marked as short."""
+    """By more than 0.1, as the paper rounds its means and ours scatter; but for nets that are marked as short."""
     if checkpoint.recipe.eps or checkpoint.recipe.images:
         return  # what is proven costs accuracy, and so do images that are not there
     mean = statistics.mean(run.top1 for run in runs() if run.name == checkpoint.name)
     short = round(checkpoint.variant.paper_accuracy - mean, 2)
-    if checkpoint.name == "pcdeq1_l_tanh_mnist.paper":
-        assert short == 0.15
-        assert "98.05 ± 0.07 %" in (ROOT / "MODEL_CARD.md").read_text(encoding="utf-8")
+    marked = {"pcdeq1_l_tanh_mnist.paper": (0.15, "98.05 ± 0.07 %"), "pcdeq1_sc_tanh_mnist.zoo": (0.14, "99.06 %")}
+    if checkpoint.name in marked:
+        wanted, mark = marked[checkpoint.name]
+        assert short == wanted
+        assert mark in (ROOT / "MODEL_CARD.md").read_text(encoding="utf-8")
     else:
         assert short <= 0.1
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, cached_property
 from types import TracebackType
 from typing import Any
@@ -237,21 +239,13 @@ class _PrecisionSwitches:
 _switches = _PrecisionSwitches()
 
 
-class full_precision:  # noqa: N801 - a context manager, used like a function
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
     """Products in the precision of their operands, whatever autocast and PyTorch's switches for TF32 and bfloat16 say.
 
     Half precision cannot reach the tolerance of a solve, and what a certificate proves, it proves of sums of exact
     products, rounded as `rounding_error` has it.
     """
-
-    def __init__(self, device: torch.device) -> None:
-        kind = device.type if torch.amp.is_autocast_available(device.type) else "cpu"
-        self._autocast = torch.autocast(kind, enabled=False)
-
-    def __enter__(self) -> None:
-        self._autocast.__enter__()
-        _switches.__enter__()
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        _switches.__exit__(kind, error, trace)
-        self._autocast.__exit__(kind, error, trace)
+    kind = device.type if torch.amp.is_autocast_available(device.type) else "cpu"
+    with torch.autocast(kind, enabled=False), _switches:
+        yield

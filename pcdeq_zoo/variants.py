@@ -206,7 +206,7 @@ _NETWORKS = (
     ("pcdeq1_l_tanh_mnist", "pcDEQ-1-L-Tanh", _L_MNIST, "tanh", 1e-3, 98.2, "zoo"),
     ("pcdeq1_l_softsign_mnist", "pcDEQ-1-L-Softsign", _L_MNIST, "softsign", 1e-3, 98.1, "zoo"),
     ("pcdeq2_l_sigmoid_mnist", "pcDEQ-2-L-Sigmoid", _L_MNIST, "sigmoid", 1e-3, 98.1, "zoo"),
-    ("pcdeq1_sc_relu6_mnist", "pcDEQ-1-SC-ReLU6", _SC_MNIST, "relu6", 7e-4, 99.2, "paper"),
+    ("pcdeq1_sc_relu6_mnist", "pcDEQ-1-SC-ReLU6", _SC_MNIST, "relu6", 7e-4, 99.2, "zoo"),
     ("pcdeq1_sc_tanh_mnist", "pcDEQ-1-SC-Tanh", _SC_MNIST, "tanh", 7e-4, 99.2, "zoo"),
     ("pcdeq1_sc_softsign_mnist", "pcDEQ-1-SC-Softsign", _SC_MNIST, "softsign", 7e-4, 99.1, "paper"),
     ("pcdeq2_sc_sigmoid_mnist", "pcDEQ-2-SC-Sigmoid", _SC_MNIST, "sigmoid", 2e-4, 98.9, "paper"),

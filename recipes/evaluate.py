@@ -195,7 +195,14 @@ def measure_run(
 
 
 def measure_model(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """What `--model` and the flags beside it ask for.
+    """Measure the weights that `--model` and the flags beside it name on the test set; writes `--output`.
+
+    Args:
+        args: Of `make_parser`, checked.
+        device: To measure on.
+
+    Returns:
+        What `evaluate` does, and with `--eps` what `evaluate_robustness` does.
 
     Raises:
         SystemExit: There is no such model, or nothing to measure it on.

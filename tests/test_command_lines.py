@@ -20,6 +20,7 @@ from processes import ROOT, python
 from recipe_runs import NAME, SHORT
 from timm.models._hub import save_for_hf
 
+from pcdeq_zoo.errors import one_line
 from pcdeq_zoo.publish import PublishError, publish
 
 BIG = 10**20
@@ -44,6 +45,14 @@ def test_help_comes_at_once_and_is_that_of_the_parser(name: str):
     assert set(re.findall(r"(?<=[ [(])--[a-z-]+", usage)) == flags
     assert all(" ".join((action.help or "").split()) in told for action in parser._actions)
     assert " ".join(parser.description.split()) in told
+
+
+def test_what_others_errors_say_is_one_line_that_can_be_read():
+    assert one_line(ValueError("no such\n  thing")) == "no such thing"
+    assert one_line(ValueError()) == "ValueError"
+    long = one_line(ValueError("x" * 10_000))
+    assert long.rstrip("…") == "x" * 500
+    assert long.endswith("…")
 
 
 TRAIN = [

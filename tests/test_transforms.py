@@ -67,9 +67,11 @@ def test_the_tangent_is_the_adjoint_of_the_gradient(kind: str, activation: str):
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(x.detach(), t)
         assert torch.equal(forward_ad.unpack_dual(layer(dual)).tangent, tangent)
-        with torch.no_grad():
+        with torch.no_grad(), record_solves(layer) as solves:
             for same in (layer(dual), *layer.hull(dual, dual)):
                 close(forward_ad.unpack_dual(same).tangent, tangent)
+        # Tangents are solved for, and not pushed through every evaluation of the solve.
+        assert [solve.direction for solve in solves] == ["forward", "tangent"] * 2
 
 
 @every_layer

@@ -22,13 +22,13 @@ import argparse
 import fnmatch
 import importlib.util
 import json
-import os
 import platform
 import random
 import re
 import signal
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +39,7 @@ import timm
 import torch
 from tqdm import tqdm
 
+from benchmarks import ROOT, environment
 from benchmarks.compared import VARIANTS as OTHERS
 from benchmarks.run import SVHN_IMAGES, data_folder, interleaved, peak_memory, training_step
 from benchmarks.tables import compared
@@ -47,7 +48,6 @@ from pcdeq_zoo.data import load, normalize
 from pcdeq_zoo.files import read_jsonl, replace_file
 from pcdeq_zoo.weights import read_rows
 
-ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "compared.json"
 
 # One net of the zoo for each structure, and the large one.
@@ -112,15 +112,18 @@ class Harness:
         output.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, str(ROOT / "recipes" / "train.py"), *self.settings(variant)]
         command += [f"--recipe={candidate.tag}", f"--lr={candidate.lr}", *flags]
-        paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+        command += [f"--output={output}"]
         with output.with_name(f"{output.name}.txt").open("a", encoding="utf-8") as console:
-            done = subprocess.run([*command, f"--output={output}"], stdout=console, stderr=console, env=environment)
-        if not done.returncode:
+            one_thread = {**environment(), "OMP_NUM_THREADS": "1"}
+            training = subprocess.Popen(command, stdout=console, stderr=console, env=one_thread)
+            if _ended.is_set():  # since `end` looked for trainings
+                training.terminate()
+            status = training.wait()
+        if not status:
             return
         lines = output.with_name(f"{output.name}.txt").read_text("utf-8", errors="replace").splitlines()
         last = next((line for line in reversed(lines) if line.strip()), "")
-        if done.returncode < 0 or not BREAKDOWN.match(last):
+        if status < 0 or not BREAKDOWN.match(last):
             raise SystemExit(f"{output} ended, start this again to go on: {last}")
         replace_file(failure, last + "\n")
         tqdm.write(f"{output} failed: {last}")
@@ -237,8 +240,12 @@ def costs(names: list[str], harness: Harness, rounds: int) -> dict[str, dict[str
     return found
 
 
+_ended = threading.Event()
+
+
 def end(*_: object) -> NoReturn:
     """End with all trainings, which a signal to this process does not reach."""
+    _ended.set()
     trainings = psutil.Process().children()
     for training in trainings:
         training.terminate()

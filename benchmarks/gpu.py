@@ -11,20 +11,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import ROOT, environment
 from benchmarks.tables import tables
 from pcdeq_zoo.files import read_jsonl, replace_file
 
-ROOT = Path(__file__).parents[1]
 OUTPUT = ROOT / "runs" / "gpu"
 
 # Of those that ship, one of each kind: no time for the training of others.
@@ -34,9 +32,8 @@ TRAINED = "pcdeq1_mc_relu6_cifar"
 
 def python(*arguments: str) -> tuple[int, float]:
     """Run Python on the checkout, installed or not; its exit status, and the seconds it took."""
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=os.environ | {"PYTHONPATH": path})
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment())
     return done.returncode, round(time.perf_counter() - start, 1)
 
 
@@ -70,7 +67,7 @@ def benchmark(device: str, nets: list[str]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="default: cuda")
     parser.add_argument("--nets", nargs="+", default=list(NETS), metavar="NET", help="for the benchmark")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():

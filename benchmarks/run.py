@@ -41,14 +41,14 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from benchmarks import ROOT, environment
 from benchmarks.baselines import BASELINES, Baseline, baseline, released
 from benchmarks.tables import tables
 from pcdeq_zoo import VARIANTS, DataError, Dataset, PcDEQ, PcDEQConv2d, PcDEQLinear, enclosure, project, record_solves
 from pcdeq_zoo.data import DATA_ROOT_VARIABLE, DEFAULT_DATA_ROOT, load, normalize
 from pcdeq_zoo.files import replace_file
+from pcdeq_zoo.operators import full_precision
 from pcdeq_zoo.weights import checkpoints
-
-ROOT = Path(__file__).parents[1]
 
 NETS = (
     "pcdeq1_l_tanh_mnist",
@@ -100,7 +100,8 @@ def trained(name: str, data: str | None) -> PcDEQ:
         images = TRAINING_STEPS * VARIANTS[name].recipes["paper"].batch_size
         command = [sys.executable, str(ROOT / "recipes" / "train.py"), "--model", name, "--mixed-precision=no"]
         command += ["--recipe=paper", "--epochs=1", f"--limit-train={images}", "--output", str(run), "--resume"]
-        subprocess.run([*command, *(["--data", data] if data else [])], check=True, stdout=subprocess.DEVNULL)
+        command += ["--data", data] if data else []
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment())
     return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(run / "model.safetensors")})
 
 
@@ -271,7 +272,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nets", nargs="+", choices=list(VARIANTS), metavar="NET", help=f"default: {', '.join(NETS)}")
     parser.add_argument("--data", help="folder with the data sets (default: $PCDEQ_ZOO_DATA)")
-    parser.add_argument("--device", default="cpu", help="default: cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     parser.add_argument("--authors", type=Path, metavar="DIR", help="measure against this checkout of their code too")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds; one more is not counted")
     parser.add_argument(
@@ -283,18 +284,17 @@ def main() -> None:
         parser.error(f"--rounds must be at least 1, got {args.rounds}")
     if args.output and not args.output.parent.is_dir():
         parser.error(f"--output {args.output}: there is no folder {args.output.parent}")
-    try:
-        device = torch.device(args.device)
-    except RuntimeError:
-        parser.error(f"--device must be cpu or cuda, got {args.device}")
-    whole = not (args.nets or args.authors or device.type == "cuda")
+    device, on_gpu = torch.device(args.device), args.device == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch sees no GPU here")
+    whole = not (args.nets or args.authors or on_gpu)
     if whole and not args.output and not importlib.util.find_spec("torchdeq"):
         parser.error("benchmarks/results.json is with torchdeq: pip install torchdeq==0.1.0, or give an --output")
 
     if args.authors:
         BASELINES["authors"] = released(args.authors)
-    on_gpu = device.type == "cuda"
-    peak = peak_flops(device)
+    with full_precision(device):  # without TF32
+        peak = peak_flops(device)
     document: dict[str, Any] = {
         "machine": {
             "processor": torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine(),

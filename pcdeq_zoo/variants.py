@@ -35,7 +35,8 @@ def check_setting(setting: Field[Any], value: Any) -> None:
     limits = {name: limit for name, limit in setting.metadata.items() if name in _LIMITS}
     if value is None or not limits:
         return
-    if not (math.isfinite(value) and all(_LIMITS[name](value, limit) for name, limit in limits.items())):
+    finite = isinstance(value, int) or math.isfinite(value)  # an integer may be too large for a float
+    if not (finite and all(_LIMITS[name](value, limit) for name, limit in limits.items())):
         wanted = " and ".join(f"{name.replace('_', ' ')} {limit}" for name, limit in limits.items())
         raise ValueError(f"must be {wanted}, got {value}")
 

@@ -42,6 +42,7 @@ from pcdeq_zoo.certificate import rounded_up
 from pcdeq_zoo.data import load, normalize
 from pcdeq_zoo.errors import one_line
 from pcdeq_zoo.files import read_jsonl
+from pcdeq_zoo.operators import full_precision
 from pcdeq_zoo.weights import RESULT_COLUMNS, checkpoints, sha256, write_rows
 
 TRAINING_COLUMNS = ("model", "epochs", "seed", "commit", "hardware", "hours")  # of a results row; the rest is measured
@@ -333,15 +334,16 @@ def main() -> None:
     if args.output and (reason := _why_not(args.output)):
         parser.error(f"--output {args.output}: {reason}")
 
-    # What is measured is float32, whatever accelerate is set to.
+    # What is measured is float32, whatever accelerate and cuDNN are set to.
     accelerator = Accelerator(cpu=NEEDS_CPU, mixed_precision="no")
     if not accelerator.is_main_process:
         return
     try:
-        if args.run:
-            measured = measure_run(args.run, args.data, accelerator.device, args.batch_size, progress=True)
-        else:
-            measured = measure_model(args, accelerator.device)
+        with full_precision(accelerator.device):
+            if args.run:
+                measured = measure_run(args.run, args.data, accelerator.device, args.batch_size, progress=True)
+            else:
+                measured = measure_model(args, accelerator.device)
     except (WeightsError, DataError) as error:
         raise SystemExit(str(error)) from error
     print(json.dumps(measured))

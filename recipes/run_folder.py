@@ -183,8 +183,7 @@ def write_state(output: Path, name: str, tensors: dict[str, dict[str, Tensor]], 
     """
     folder = output / "state"
     folder.mkdir(exist_ok=True)
-    for partial in folder.glob(f"{_PARTIAL_PREFIX}*"):  # of a process that was killed; this one has the lock
-        shutil.rmtree(partial)
+    _remove_partials(folder)
     contents = {
         f"{group}.safetensors": safetensors.torch.save({key: value.cpu().contiguous() for key, value in part.items()})
         for group, part in tensors.items()
@@ -238,12 +237,17 @@ def read_state(state: Path) -> State:
 def remove_states(output: Path) -> None:
     """Remove the states of a finished run; whatever else is beside them stays."""
     folder = output / "state"
+    _remove_partials(folder)  # first: one may be of the name that a state is removed under
     for state in _states(folder):
         _remove(state)
-    for partial in folder.glob(f"{_PARTIAL_PREFIX}*"):
-        shutil.rmtree(partial)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
+
+
+def _remove_partials(folder: Path) -> None:
+    """Remove what processes that were killed have left; this one has the lock."""
+    for partial in folder.glob(f"{_PARTIAL_PREFIX}*"):
+        shutil.rmtree(partial)
 
 
 def _remove(state: Path) -> None:

@@ -24,6 +24,7 @@ import fnmatch
 import shlex
 import signal
 import subprocess
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -36,6 +37,7 @@ _OWN = ("--model", "--recipe", "--seed", "--output", "--resume")
 TRAIN = Path(__file__).with_name("train.py")
 
 _running: set[subprocess.Popen[bytes]] = set()
+_ended = threading.Event()
 
 
 def commands(
@@ -59,6 +61,8 @@ def run(output: Path, command: list[str]) -> bool:
     with output.with_name(f"{output.name}.txt").open("a", encoding="utf-8") as console:
         process = subprocess.Popen(command, stdout=console, stderr=subprocess.STDOUT)
         _running.add(process)
+        if _ended.is_set():  # since `main` looked for those that run
+            process.terminate()
         well = process.wait() == 0
         _running.discard(process)
     tqdm.write(f"{output} {'is finished' if well else f'failed, see {console.name}'}")
@@ -114,6 +118,7 @@ def main() -> None:
             finished = pool.map(run, runs.keys(), runs.values())
             done = list(tqdm(finished, total=len(runs), desc="sweep", unit="run", disable=None))
         finally:
+            _ended.set()
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(_running):
                 process.terminate()

@@ -68,6 +68,7 @@ from pcdeq_zoo import DataError, PcDEQLinear, Recipe, WeightsError, forward_with
 from pcdeq_zoo.data import load, normalize
 from pcdeq_zoo.errors import one_line
 from pcdeq_zoo.files import replace_file, weights_bytes
+from pcdeq_zoo.operators import full_precision
 from pcdeq_zoo.robustness import least_margin
 from pcdeq_zoo.state_dict import check_state_dict
 from pcdeq_zoo.weights import read_rows, sha256
@@ -92,7 +93,10 @@ def training_images(config: Config, recipe: Recipe, processes: int) -> tuple[Ten
         raise SystemExit(
             f"--hold-out {config.hold_out} leaves nothing of {recipe.images or len(images)} training images"
         )
-    images, labels = images[part][: config.limit_train], labels[part][: config.limit_train]
+    images, labels = images[part], labels[part]
+    if config.limit_train and config.limit_train > len(images):
+        raise SystemExit(f"--limit-train {config.limit_train} is more than the {len(images)} images to train on")
+    images, labels = images[: config.limit_train], labels[: config.limit_train]
     if min(recipe.batch_size, len(images)) < (least := max(2, processes)):
         raise SystemExit(
             f"a batch needs {least} images, one per process and two for BatchNorm; "
@@ -179,14 +183,17 @@ class Training:
     # --- the loop ---
 
     def run(self) -> None:
-        """Train from where it is to the end.
+        """Train from where it is to the end, and write the weights.
 
         Raises:
             SystemExit: It was asked to end, or diverges.
         """
         with ENDING.awaited():
             self._train()
-            self._end_if_asked()
+            if self.accelerator.is_main_process:
+                self._write_weights()
+            if reason := ENDING.reason():
+                raise SystemExit(f"{reason}; the training is done, and --resume measures it")
 
     def _train(self) -> None:
         progress = self.progress
@@ -209,8 +216,8 @@ class Training:
                         bar.set_postfix_str(progress.summary(), refresh=False)
                     if self.config.log_every and progress.step % self.config.log_every == 0:
                         self._log_steps()
-                    every = self.config.save_every
-                    if every and progress.step % every == 0 and progress.step < len(steps):
+                    every, ends = self.config.save_every, progress.step == len(steps) or self.is_done()
+                    if every and progress.step % every == 0 and not ends:  # at the end there is a line to log first
                         self.save()
                         self._clock = time.perf_counter()  # a state is not counted
             self._check_loss()
@@ -298,7 +305,7 @@ class Training:
         where = f"epoch {self.progress.epoch}, step {self.progress.step}"
         raise SystemExit(f"{where}: {reason}, so the run ends here; try another --lr in another --output")
 
-    def write_weights(self) -> None:
+    def _write_weights(self) -> None:
         """Write model.safetensors, the moving average where the recipe has one."""
         model = self.ema.module if self.ema else self.model
         replace_file(self.config.output / "model.safetensors", weights_bytes(model.state_dict(), self.config.model))
@@ -493,6 +500,7 @@ def keep_memory() -> None:
 def main() -> None:
     keep_memory()
     sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show must not end a run
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without, cuBLAS is not deterministic
     config, recipe = parse(__doc__)
     output = config.output
     try:
@@ -519,21 +527,22 @@ def main() -> None:
     settings = settings_of(config, recipe, accelerator, len(images))
     check_folder(output, settings, config.resume)
     accelerator.wait_for_everyone()  # all have looked, before the first creates what they looked for
-    with locked(output) if accelerator.is_main_process else nullcontext():
+    lock = locked(output) if accelerator.is_main_process else nullcontext()
+    with lock, full_precision(accelerator.device):  # cuDNN's convolutions would be in TF32
         if not (output / "model.safetensors").exists():
             training = Training(accelerator, config, recipe, images, labels)
-            if config.report_to:
-                accelerator.init_trackers("tensorboard")
             accelerator.wait_for_everyone()
             accelerator.print(
                 f"{config.model} on {len(images)} of the {config.variant.dataset.sizes['train']} training images, "
                 f"{accelerator.num_processes} x {accelerator.device}: {recipe}"
             )
             state = newest_state(output) if config.resume in (None, "latest") else Path(config.resume)
+            if config.resume and not state:
+                accelerator.print(f"{output} has no state to resume from, so this starts")
             training.resume(state, settings)
+            if config.report_to:
+                accelerator.init_trackers("tensorboard")  # after run.json, by which a folder is known for a run
             training.run()
-            if accelerator.is_main_process:
-                training.write_weights()
 
         if accelerator.is_main_process:
             if is_finished(output, "held_out.csv" if config.hold_out else "results.csv"):

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 
 import psutil
@@ -332,12 +333,15 @@ def test_a_harness_says_what_broke_down_and_takes_the_rest(tmp_path, monkeypatch
     variant = OTHERS["mondeq_l_mnist"]
     calls, said = [], "AssertionError: underflow in dt 0.0"
 
-    def run(command, stdout, stderr, env):
-        calls.append(command)
-        stdout.write(f"epoch 1\n{said}\n")
-        return type("Done", (), {"returncode": int("--lr=0.003" in command)})
+    class Training:
+        def __init__(self, command, stdout, stderr, env):
+            calls.append(command)
+            stdout.write(f"epoch 1\n{said}\n")
 
-    monkeypatch.setattr("subprocess.run", run)
+        def wait(self) -> int:
+            return int("--lr=0.003" in calls[-1])
+
+    monkeypatch.setattr("subprocess.Popen", Training)
     for _ in range(2):
         harness.train(variant, "trial", Candidate("published", 0.003))
     harness.train(variant, "trial", Candidate("published", 0.001))
@@ -420,6 +424,15 @@ def test_what_did_best_on_held_out_images_has_the_time_and_the_next_one_where_it
     assert (found["updates"], found["solves"], found["unconverged"]) == (1, 300, 2)
     assert (found["forward"], found["backward"], found["top1_equal_epochs"]) == (7.0, 5.0, 96.0)
     assert len(found["failed_runs"]) == 2
+
+
+def test_a_training_that_starts_while_the_harness_ends_ends_with_it(tmp_path, monkeypatch):
+    ended = threading.Event()
+    ended.set()
+    monkeypatch.setattr("benchmarks.compare._ended", ended)
+    variant = VARIANTS["pcdeq1_l_relu6_mnist"]
+    with pytest.raises(SystemExit, match="ended, start this again to go on"):
+        Harness(tmp_path, 1.0, "sample").train(variant, "time", candidates(variant)[0])
 
 
 def test_ours_are_trained_by_their_own_recipe():

@@ -5,14 +5,15 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import train
-from recipe_runs import SHORT
-from run_folder import locked, newest_state, read_state, record_launch, write_state
+from recipe_runs import NAME, SHORT, row_of
+from run_folder import locked, newest_state, read_state, record_launch, remove_states, write_state
 
 from pcdeq_zoo.weights import sha256
 
@@ -176,6 +177,47 @@ def test_a_state_of_the_same_step_is_there_until_the_new_one_is(interrupted: Pat
     with pytest.raises(OSError, match="no power"):
         write_state(run, again.name, before.tensors, before.progress)
     assert newest_state(run) == again
+
+
+# Of 200 steps to an epoch, which no machine takes in that time.
+TIMED = f"--model {NAME} --data sample --batch-size 8 --minutes 0.001 --save-every 1"
+
+
+def test_a_timed_run_that_is_ended_when_its_time_is_up_has_only_to_be_measured(tmp_path, monkeypatch, refuse, here):
+    log = train.Training._log
+
+    def end(training: train.Training) -> None:
+        log(training)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train.Training, "_log", end)
+    monkeypatch.setattr(train.ENDING, "_terminated", False)  # and so again for other tests
+    line = refuse(train.main, f"{TIMED} --output {tmp_path / 'run'}")
+    assert line == "this was ended by SIGTERM; the training is done, and --resume measures it"
+    assert "epoch" not in here(train.main, f"{TIMED} --output {tmp_path / 'run'} --resume")
+    assert float(row_of(tmp_path / "run").row["epochs"]) > 0
+
+
+def test_a_timed_run_that_is_killed_when_its_time_is_up_keeps_its_last_line(tmp_path, monkeypatch, here):
+    """A state of the last step would have a log without it."""
+
+    def kill(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Training, "_write_weights", kill)
+        with pytest.raises(KeyboardInterrupt):
+            here(train.main, f"{TIMED} --output {tmp_path / 'run'}")
+    assert "epoch 1: " in here(train.main, f"{TIMED} --output {tmp_path / 'run'} --resume")
+    assert float(row_of(tmp_path / "run").row["epochs"]) > 0
+
+
+def test_a_state_is_removed_beside_what_is_left_of_one_of_its_name(tmp_path):
+    write_state(tmp_path, "epoch-0001-step-000001", {}, {})
+    (tmp_path / "state" / ".partial-epoch-0001-step-000001").mkdir()
+    (tmp_path / "state" / ".partial-epoch-0001-step-000001" / "progress.json").touch()
+    remove_states(tmp_path)
+    assert not (tmp_path / "state").exists()
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o007, 0o077], ids=oct)

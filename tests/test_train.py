@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -363,6 +364,13 @@ def test_augmentation_crops_and_flips_each_image_by_itself(padding, flip):
     crops += [crop.flip(2) for crop in crops] if flip else []
     found = [next(i for i, crop in enumerate(crops) if torch.equal(crop, image)) for image in augmented]
     assert len(set(found)) > len(crops) * 0.7
+
+
+def test_a_run_that_starts_while_its_sweep_ends_ends_with_it(tmp_path, monkeypatch):
+    ended = threading.Event()
+    ended.set()
+    monkeypatch.setattr(sweep, "_ended", ended)
+    assert not sweep.run(tmp_path / "run", [sys.executable, "-c", "import time; time.sleep(600)"])
 
 
 def test_sweep(tmp_path, here):

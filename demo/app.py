@@ -121,11 +121,11 @@ def classify(name: str, picture: Image.Image) -> tuple[dict[str, float], Image.I
         told += [f"| {s.layer.removeprefix('features.')} | {s.evaluations.item()} | {bound:.1e} |"]
     eps = largest_eps(model, x, label)
     if eps:
-        shown = math.floor(1000 * eps) / 1000
-        told += ["", f"Every pixel may change by ±{shown:.3f} of [0, 1], and the label is proven to stay."]
+        shown = math.floor(1e4 * eps) / 1e4
+        told += ["", f"Every pixel may change by ±{shown:.4f} of [0, 1], and the label is proven to stay."]
     else:
         least = LARGEST_EPS / 2**HALVINGS
-        told += ["", f"For changes of ±{least:.3f} of [0, 1] or more nothing is proven of the label."]
+        told += ["", f"For changes of ±{least:.4f} of [0, 1] or more nothing is proven of the label."]
         told += ["The linear nets, and those trained for it, `robust_…`, have such proofs."]
     layer_name, layer, u = next(pcdeq_layers(model, x))
     figure = draw_approach(approach(layer, u), f"{name}, {layer_name}")

@@ -248,7 +248,10 @@ def _download(dataset: Dataset, split: Split) -> list[Path]:
         ) from error
     files = sorted(Path(folder).glob(pattern))
     if not files:
-        raise DataError(f"{dataset.hub_id} on the Hugging Face Hub holds no {pattern}")
+        raise DataError(
+            f"no {pattern} of {dataset.hub_id}, neither on the Hugging Face Hub nor, where there is no network, of an "
+            f"earlier download in {folder}; name a folder that has it, or set {DATA_ROOT_VARIABLE}"
+        )
     return files
 
 

@@ -33,7 +33,9 @@ def replace_file(path: Path, content: bytes | str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Sync to disk what a folder is said to hold."""
+    """Sync to disk what a folder is said to hold, where a folder can be opened: not on Windows."""
+    if os.name == "nt":
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -60,17 +60,17 @@ class TestShip:
             ship.ship(whole)
 
     def test_writes_weights_log_row_and_logits(self, whole: Path, run: Path, tmp_path, monkeypatch, here, sample):
-        assert ship.ship(whole) == f"{NAME}.paper"
+        assert ship.ship(whole).name == f"{NAME}.paper"
         assert checkpoints()[f"{NAME}.paper"].row["sha256"] == sha256(tmp_path / f"{NAME}.paper.safetensors")
         assert (tmp_path / f"{NAME}.paper.jsonl").read_bytes() == (run / "log.jsonl").read_bytes()
         recorded = json.loads((tmp_path / "runs" / f"{NAME}.paper.seed0.json").read_text())
         settings = json.loads((whole / "run.json").read_text())
         assert settings.pop("data")  # where it lay on this machine
         assert recorded == settings
-        assert ship.ship(whole) == f"{NAME}.paper"  # again: the same
+        assert ship.ship(whole).name == f"{NAME}.paper"  # again: the same
         save_file({}, tmp_path / "logits.safetensors")
         monkeypatch.setattr(ship, "LOGITS", tmp_path / "logits.safetensors")
-        assert here(ship.main, str(whole)).strip() == f"recorded {whole}, {NAME}.paper"
+        assert here(ship.main, str(whole)).strip() == f"recorded {whole}, {NAME}.paper of seed 0"
         model = timm.create_model(
             NAME, pretrained=True, pretrained_cfg_overlay={"file": str(run / "model.safetensors")}
         )
@@ -82,13 +82,20 @@ class TestShip:
         with pytest.raises(SystemExit, match=r"is not the file that .* was measured on"):
             ship.ship(whole)
 
-    def test_other_seeds_are_recorded_and_drawn_but_do_not_ship(self, whole: Path, tmp_path):
+    def test_refuses_a_run_of_a_recipe_that_the_zoo_does_not_have(self, whole: Path):
+        write_rows(whole / "results.csv", [row_of(whole).row | {"model": f"{NAME}.other"}])
+        with pytest.raises(SystemExit, match=r"a model or a recipe that the zoo does not have: 'other'"):
+            ship.ship(whole)
+
+    def test_other_seeds_are_recorded_and_drawn_but_do_not_ship(self, whole: Path, tmp_path, monkeypatch, here):
         ship.ship(whole)
         first = row_of(whole)
         write_rows(whole / "results.csv", [first.row | {"seed": "1", "top1": str(first.top1 + 2)}])
         before = (tmp_path / "results.csv").read_bytes()
-        ship.ship(whole)
+        monkeypatch.setattr(ship, "LOGITS", tmp_path / "logits.safetensors")
+        assert here(ship.main, str(whole)).strip() == f"recorded {whole}, {NAME}.paper of seed 1"
         assert (tmp_path / "results.csv").read_bytes() == before
+        assert not (tmp_path / "logits.safetensors").exists()  # nor are the logits expected of seed 0 made again
         assert [(run.name, run.seed) for run in ship.runs()] == [(f"{NAME}.paper", 0), (f"{NAME}.paper", 1)]
         assert f"| {first.top1 + 1:.2f} ± 1.41 (2 runs) |" in report.paper_table("mnist")
         ((group, networks),) = report.groups().items()

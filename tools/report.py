@@ -299,7 +299,7 @@ TABLES = {
 
 def helps() -> dict[Path, str]:
     """What `--help` of the recipes prints, by its file."""
-    sys.path.append(str(ROOT / "recipes"))
+    sys.path.insert(0, str(ROOT / "recipes"))
     config, train, evaluate, sweep = map(importlib.import_module, ("config", "train", "evaluate", "sweep"))
     parsers = {
         "train": config.make_parser(train.__doc__),

@@ -44,20 +44,24 @@ def log_of(run: Checkpoint) -> Path:
     return RUNS / f"{run.name}.seed{run.seed}.jsonl" if run.seed else run.log
 
 
-def ship(folder: Path) -> str:
-    """Record one run, and copy it into the package if its seed is 0; returns its "model.tag".
+def ship(folder: Path) -> Checkpoint:
+    """Record one run, and copy it into the package if its seed is 0.
 
     Raises:
-        SystemExit: An unfinished run, a file that is not the one the row was measured on, not the whole test set, an
-            equilibrium that was not proven, code that is not a commit, or settings other than those of the recipe
-            that the tag names.
+        SystemExit: An unfinished run, one of another module or recipe than the zoo has, a file that is not the one the
+            row was measured on, not the whole test set, an equilibrium that was not proven, code that is not a commit,
+            or settings other than those of the recipe that the tag names.
     """
     parts = file, log, row_file, record = [
         folder / name for name in ("model.safetensors", "log.jsonl", "results.csv", "run.json")
     ]
     if missing := [part.name for part in parts if not part.is_file()]:
         raise SystemExit(f"{folder} is not a finished run: it has no {', '.join(missing)}")
-    (run,) = read_rows(row_file)
+    try:
+        (run,) = read_rows(row_file)
+        recipe = run.recipe
+    except KeyError as error:
+        raise SystemExit(f"{folder} is of a model or a recipe that the zoo does not have: {error}") from error
     row, variant = run.row, run.variant
     if sha256(file) != row["sha256"]:
         raise SystemExit(f"{file} is not the file that {row_file} was measured on")
@@ -71,8 +75,8 @@ def ship(folder: Path) -> str:
 
     settings = json.loads(record.read_text("utf-8"))
     wanted = {
-        "recipe": dataclasses.asdict(variant.recipes[run.tag]),
-        "images": variant.recipes[run.tag].images or variant.dataset.sizes["train"],
+        "recipe": dataclasses.asdict(recipe),
+        "images": recipe.images or variant.dataset.sizes["train"],
         "grad_accum": 1,
         "mixed_precision": "no",
         "hold_out": None,
@@ -93,7 +97,7 @@ def ship(folder: Path) -> str:
     _add_row(RUNS / "runs.csv", runs(), run)
     if run.seed == 0:
         _add_row(weights.CHECKPOINTS / "results.csv", list(checkpoints().values()), run)
-    return run.name
+    return run
 
 
 def example_logits(checkpoint: Checkpoint) -> Tensor:
@@ -127,13 +131,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of train.py")
     for folder in parser.parse_args().runs:
-        name = ship(folder)
-        logits = safetensors.torch.load_file(LOGITS)
-        for shipped, checkpoint in checkpoints().items():
-            if shipped == name or shipped not in logits:
-                logits[shipped] = example_logits(checkpoint)
-        replace_file(LOGITS, safetensors.torch.save({shipped: logits[shipped] for shipped in checkpoints()}))
-        print(f"recorded {folder}, {name}")
+        run = ship(folder)
+        print(f"recorded {folder}, {run.name} of seed {run.seed}")
+        if run.seed == 0:
+            logits = safetensors.torch.load_file(LOGITS)
+            logits[run.name] = example_logits(checkpoints()[run.name])
+            replace_file(LOGITS, safetensors.torch.save({name: logits[name] for name in checkpoints()}))
 
 
 if __name__ == "__main__":

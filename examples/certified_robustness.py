@@ -21,7 +21,8 @@ for eps in (0.05, 0.1, 0.2):
     verdict = f"proven, by a margin of {found.margin.item():.2f}" if found.certified else "not proven"
     with torch.no_grad():
         attacked = model(pgd(model, x, y, eps)).argmax().item()
-    print(f"a {y.item()} within ±{eps} of each pixel stays one: {verdict}; an attack makes a {attacked} of it")
+    result = "does not change that" if attacked == y.item() else f"makes a {attacked} of it"
+    print(f"a {y.item()} within ±{eps} of each pixel stays one: {verdict}; an attack {result}")
 
 print("\nlogits for all images within ±0.05, and for this one:")
 with torch.no_grad():

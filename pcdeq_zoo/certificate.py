@@ -168,7 +168,10 @@ def enclosure(layer: PcDEQLinear | PcDEQConv2d, x: Tensor, *, tol: float = 1e-9,
 
     Raises:
         ValueError: An input or W with NaN or infinity, which has no equilibrium.
+        TypeError: Not a pcDEQ layer.
     """
+    if not hasattr(layer, "fixed_point_map"):
+        raise TypeError(f"enclosure takes a pcDEQ layer and its input, got a {type(layer).__name__}")
     map_ = layer.fixed_point_map(x).double()
     for name, values in (("the input", x), ("W", map_.operator.weight)):
         if bad := int((~values.isfinite()).sum()):

@@ -211,7 +211,10 @@ def load(dataset: Dataset, split: Split, source: str | Path | None = None) -> tu
 
     Raises:
         DataError: Nothing there, no network, or files that do not hold this data set.
+        TypeError, ValueError: No such data set or split.
     """
+    if not isinstance(dataset, Dataset):
+        raise TypeError(f"dataset must be a Dataset, such as DATASETS['mnist'], got {dataset!r}")
     if split not in dataset.sizes:
         raise ValueError(f"split must be train or test, got {split!r}")
     if source is None:

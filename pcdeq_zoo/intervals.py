@@ -106,8 +106,9 @@ def _modules(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
             if child is not None:
                 yield from _modules(child, f"{name}.{part}".strip("."))
     elif reason := _why_not(module):
+        what = type(module).__name__ if any(module.children()) else module
         raise TypeError(
-            f"there are no bounds of {name or 'the model'}, {module}, because {reason}: a model must be of this zoo, "
+            f"there are no bounds of {name or 'the model'}, {what}, because {reason}: a model must be of this zoo, "
             "or an nn.Sequential of convolutions and pools in 2-D, Linear, BatchNorm with running statistics, Flatten, "
             "ReLU, ReLU6, Hardtanh, Softplus, Tanh, Sigmoid, Softsign, Dropout, Identity and pcDEQ layers"
         )

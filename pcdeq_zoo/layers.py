@@ -17,6 +17,7 @@ from weakref import WeakSet, ref
 
 import torch
 import torch.nn.functional as F
+from timm.layers import is_exportable
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.fx import Proxy
@@ -252,7 +253,7 @@ class _PcDEQLayer(TraceableLoop):
         if solver is not None and not isinstance(solver, Solver):
             raise TypeError(f"solver must be a Solver or None, got {solver!r}")
         self.activation = activation
-        self.exportable = False
+        self.exportable = is_exportable()
         self.solver = Solver() if solver is None else solver
         rows = (weight_shape[0], *[1] * (len(weight_shape) - 1))
         self.magnitude = nn.Parameter(torch.empty(rows, device=device, dtype=dtype))
@@ -398,11 +399,10 @@ class _PcDEQLayer(TraceableLoop):
         Raises:
             ValueError, TypeError: Ends of two shapes or in the wrong order, no solver, or what `forward` refuses.
         """
-        if lower.shape != upper.shape or bool((lower > upper).any()):
-            raise ValueError(
-                f"a box needs two ends of one shape, lower ≤ upper; got {tuple(lower.shape)} and {tuple(upper.shape)}"
-                + (", not in that order" if lower.shape == upper.shape else "")
-            )
+        if lower.shape != upper.shape:
+            raise ValueError(f"a box needs ends of one shape, got {tuple(lower.shape)} and {tuple(upper.shape)}")
+        if count := int((lower > upper).sum()):
+            raise ValueError(f"a box needs lower ≤ upper, got {count} of {lower.numel()} entries where it is not")
         if solver is not None and not isinstance(solver, Solver):
             raise TypeError(f"solver must be a Solver or None, got {solver!r}")
         u = torch.cat([self._prepare(lower), self._prepare(upper)])
@@ -458,8 +458,8 @@ class _PcDEQLayer(TraceableLoop):
     def _implicit(self, u: Tensor) -> Tensor:
         if torch.jit.is_tracing():
             raise NotImplementedError(
-                "torch.jit.trace would fix the number of evaluations and the batch; use torch.jit.script on a model "
-                "made with scriptable=True, or torch.export on one made with exportable=True"
+                "torch.jit.trace would fix the number of evaluations and the batch; use torch.export, "
+                "torch.onnx.export(dynamo=True) or torch.jit.script"
             )
         return self._solved(u, self._problem())[0]
 
@@ -556,6 +556,10 @@ class PcDEQLinear(_PcDEQLayer):
         activation: "relu6", "tanh", "softsign" (pcDEQ-1) or "sigmoid" (pcDEQ-2).
         solver: Settings, shared by the layers of a model; by default `Solver()`.
 
+    Attributes:
+        exportable: Whether `torch.compile(fullgraph=True)` gets the layer as a loop (docs/solver.md); as
+            `timm.layers.set_exportable` says where the layer is made, by default False.
+
     Shape:
         (N, features) or any (N, ...) whose samples hold `features` entries, to the same.
 
@@ -595,6 +599,10 @@ class PcDEQConv2d(_PcDEQLayer):
         activation: "relu6", "tanh", "softsign" (pcDEQ-1) or "sigmoid" (pcDEQ-2).
         kernel_size: Odd; 3 in the paper.
         solver: Settings, shared by the layers of a model; by default `Solver()`.
+
+    Attributes:
+        exportable: Whether `torch.compile(fullgraph=True)` gets the layer as a loop (docs/solver.md); as
+            `timm.layers.set_exportable` says where the layer is made, by default False.
 
     Shape:
         (N, C, H, W) to the same, in channels_last memory order, in which these convolutions run fastest.

@@ -15,7 +15,6 @@ import torch
 from timm.layers import (
     SelectAdaptivePool2d,
     get_device_dtype,
-    is_exportable,
     to_2tuple,
 )
 from timm.models import (
@@ -212,7 +211,6 @@ class PcDEQ(nn.Module):
             layers[f"conv{stage}"] = conv
             layers[f"prenorm{stage}"] = nn.BatchNorm2d(width_out, device=device, dtype=dtype)
             layers[f"deq{stage}"] = deq(width_out, activation, solver=self._solver, device=device, dtype=dtype)
-            layers[f"deq{stage}"].exportable = is_exportable()
             if structure != "l":
                 layers[f"pool{stage}"] = CompactMaxPool2d()
             layers[f"postnorm{stage}"] = nn.BatchNorm2d(width_out, device=device, dtype=dtype)

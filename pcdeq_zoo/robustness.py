@@ -145,13 +145,15 @@ def _check(images: Tensor | Box) -> None:
         raise TypeError(f"images must be a tensor, or a Box of what is near them, got {type(images).__name__}")
     lower, upper = images
     same = lower.shape == upper.shape and lower.dtype == upper.dtype
-    if not same or lower.dtype not in (torch.float32, torch.float64) or not bool((lower <= upper).all()):
+    if not same or lower.dtype not in (torch.float32, torch.float64):
         raise ValueError(
-            f"a Box needs lower ≤ upper, of one shape, both float32 or float64; got {lower.dtype} of "
-            f"{tuple(lower.shape)} and {upper.dtype} of {tuple(upper.shape)}"
+            f"a Box needs ends of one shape, both float32 or float64; got {lower.dtype} of {tuple(lower.shape)} and "
+            f"{upper.dtype} of {tuple(upper.shape)}"
         )
     if not bool((lower.isfinite() & upper.isfinite()).all()):
         raise ValueError("a Box needs finite ends, got NaN or infinity")
+    if count := int((lower > upper).sum()):
+        raise ValueError(f"a Box needs lower ≤ upper, got {count} of {lower.numel()} entries where it is not")
 
 
 def _arranged(images: Tensor) -> Tensor:

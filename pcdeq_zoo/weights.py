@@ -327,8 +327,8 @@ def _resolve(cfg: PretrainedCfg) -> _Source | None:
     if cfg.url:
         return None
     raise WeightsError(
-        f"no weights of {name} are published yet; use pretrained=False, or give a file of your own with "
-        f"pretrained_cfg_overlay=dict(file=...). With weights: {', '.join(shipped) or 'none yet'}"
+        f"there are no weights of {name} yet; use pretrained=False, or give a file of your own with "
+        "pretrained_cfg_overlay=dict(file=...); timm.list_models('pcdeq*', pretrained=True) lists what has some"
     )
 
 

@@ -159,6 +159,8 @@ def measure_run(
     if not (run / "run.json").is_file():
         raise SystemExit(f"{run} is not a run of train.py: it has no run.json")
     settings = read_record(run / "run.json")
+    if not (run / "model.safetensors").is_file():
+        raise SystemExit(f"{run} is not finished: it has no model.safetensors; go on with train.py --resume")
     if (module := settings.get("module")) and settings.get("model") not in VARIANTS:
         raise SystemExit(f"{run} is of a network of {module}; say --module {module} to import that")
     try:

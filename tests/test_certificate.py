@@ -436,6 +436,11 @@ def test_an_input_without_an_equilibrium_has_no_enclosure(bad: float):
         enclosure(PcDEQLinear(4), x)
 
 
+def test_an_enclosure_is_of_a_layer():
+    with pytest.raises(TypeError, match="enclosure takes a pcDEQ layer and its input, got a Sequential"):
+        enclosure(nn.Sequential(PcDEQLinear(2)), torch.zeros(1, 2))
+
+
 def test_a_certificate_is_for_the_map_of_a_layer_only():
     """Of any other step it would prove something false."""
     with pytest.raises(ValueError, match=r"takes the map of a pcDEQ layer, layer.fixed_point_map\(u\)"):

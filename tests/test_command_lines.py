@@ -153,7 +153,7 @@ EVALUATE = [
         "--model pcdeq1_mc_tanh_svhn.zoo",
         "no weights of pcdeq1_mc_tanh_svhn.zoo ship; there are pcdeq1_l_relu6_mnist.zoo, ",
     ),
-    ("--model pcdeq1_sc_tanh_cifar", "no weights of pcdeq1_sc_tanh_cifar.paper are published yet"),
+    ("--model pcdeq1_sc_tanh_cifar", "there are no weights of pcdeq1_sc_tanh_cifar.paper yet"),
     (f"--model {NAME} --data /no/such/folder", "no data folder /no/such/folder"),
     (f"--model {NAME} --checkpoint /no/such/file", "there is no file /no/such/file"),
     ("--model local-dir:FOLDER --checkpoint FOLDER/x", "--checkpoint goes with a name in the zoo: local-dir:/"),
@@ -163,6 +163,7 @@ EVALUATE = [
     (f"--model {NAME} --output FOLDER/link.csv", "there is something else of that name"),
     (f"--model {NAME} --output FOLDER/folder.csv", "there is something else of that name"),
     ("--run FOLDER", "is not a run of train.py: it has no run.json"),
+    ("--run FOLDER/begun", "is not finished: it has no model.safetensors; go on with train.py --resume"),
     ("--run FOLDER --checkpoint FOLDER/x", "--checkpoint, --eps and --output go with --model"),
     (f"--run FOLDER --model {NAME}", "argument --model: not allowed with argument --run"),
     ("", "one of the arguments --model --run is required"),
@@ -174,6 +175,8 @@ def test_evaluate(tmp_path, refuse, arguments: str, message: str):
     (tmp_path / "theirs.csv").write_text("a document")
     (tmp_path / "link.csv").symlink_to(tmp_path / "theirs.csv")
     (tmp_path / "folder.csv").mkdir()
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "run.json").write_text("{}")
     (tmp_path / "config.json").write_text('{"architecture": "resnet18", "pretrained_cfg": {"num_classes": 10}}')
     line = refuse(evaluate.main, arguments.replace("FOLDER", str(tmp_path)))
     one_line_only(line)

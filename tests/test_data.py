@@ -138,7 +138,9 @@ class TestWrong:
         (tmp_path / "test-0.parquet").write_bytes(b"PAR1 and no more")
         self.refused("cannot read .*test-0.parquet as parquet: ", source=tmp_path)
 
-    def test_split(self):
+    def test_no_such_data_set_or_split(self):
+        with pytest.raises(TypeError, match=r"dataset must be a Dataset, such as DATASETS\['mnist'\], got 'mnist'"):
+            load("mnist", "test", "sample")
         with pytest.raises(ValueError, match="split must be train or test, got 'val'"):
             load(CIFAR, "val")
 

@@ -72,6 +72,16 @@ class TestExport:
             compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
             torch.testing.assert_close(compiled(x), usual(x), rtol=1e-3, atol=1e-3)
 
+    def test_a_layer_of_your_own_net_compiles_without_graph_breaks(self):
+        with timm.layers.set_exportable(True):
+            net = nn.Sequential(nn.Linear(4, 5), PcDEQLinear(5, "tanh"))
+        x = torch.rand(3, 4)
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            compiled = torch.compile(net, fullgraph=True, backend="aot_eager")(x)
+            net[1].exportable = False
+            torch.testing.assert_close(compiled, net(x), rtol=1e-3, atol=1e-3)
+
     @pytest.mark.parametrize("dynamic", [None, True])
     def test_compiled_nets_take_another_batch_and_another_tolerance(self, dynamic: bool | None):
         model, usual = self.pair("pcdeq1_l_tanh_mnist")

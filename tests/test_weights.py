@@ -135,7 +135,7 @@ def test_what_timm_lists_as_pretrained_is_what_ships():
 )
 def test_models_without_weights_say_so(name: str):
     checkpoint = f"{name}.{VARIANTS[name].default_recipe}"
-    with pytest.raises(WeightsError, match=f"no weights of {checkpoint} are published yet") as caught:
+    with pytest.raises(WeightsError, match=f"there are no weights of {checkpoint} yet") as caught:
         timm.create_model(name, pretrained=True)
     assert "\n" not in str(caught.value)
 

@@ -285,7 +285,7 @@ class _PcDEQLayer(TraceableLoop):
     def weight(self) -> Tensor:
         """W, shape (n, n) or (C, C, k, k), entries ≥ 0 whatever the parameters are; differentiable, not to be written.
 
-        See `set_weight`.
+        magnitude · direction / ‖direction‖ for each row; see `set_weight`.
         """
         return self._normalized_weight().as_subclass(_ComputedWeight)
 
@@ -551,6 +551,8 @@ register_optimizer_step_post_hook(_project_after_step)
 class PcDEQLinear(_PcDEQLayer):
     """Dense pcDEQ layer: z* = σ(W z* + x) for x, z* ∈ ℝⁿ₊ and W ∈ ℝⁿˣⁿ₊.
 
+    x is softplus(u) with β = 5 of the input u for pcDEQ-1, and ReLU(u) for pcDEQ-2.
+
     Args:
         features: n, entries per sample.
         activation: "relu6", "tanh", "softsign" (pcDEQ-1) or "sigmoid" (pcDEQ-2).
@@ -593,6 +595,8 @@ class PcDEQLinear(_PcDEQLayer):
 
 class PcDEQConv2d(_PcDEQLayer):
     """Convolutional pcDEQ layer: z* = σ(W ∗ z* + x), stride 1, zero padding that keeps the size.
+
+    W ≥ 0, and x ≥ 0 is made of the input as in `PcDEQLinear`.
 
     Args:
         channels: C, of input and output.

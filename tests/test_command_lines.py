@@ -153,7 +153,7 @@ EVALUATE = [
         "--model pcdeq1_mc_tanh_svhn.zoo",
         "no weights of pcdeq1_mc_tanh_svhn.zoo ship; there are pcdeq1_l_relu6_mnist.zoo, ",
     ),
-    ("--model pcdeq1_sc_tanh_cifar", "there are no weights of pcdeq1_sc_tanh_cifar.paper yet"),
+    ("--model pcdeq1_sc_tanh_cifar", "there are no weights of pcdeq1_sc_tanh_cifar.zoo yet"),
     (f"--model {NAME} --data /no/such/folder", "no data folder /no/such/folder"),
     (f"--model {NAME} --checkpoint /no/such/file", "there is no file /no/such/file"),
     ("--model local-dir:FOLDER --checkpoint FOLDER/x", "--checkpoint goes with a name in the zoo: local-dir:/"),

@@ -5,6 +5,7 @@ python -m tools.api
 
 from __future__ import annotations
 
+import enum
 import inspect
 import types
 from pathlib import Path
@@ -24,12 +25,12 @@ What `import pcdeq_zoo` gives, from the docstrings, by `python -m tools.api`. Th
 
 
 def entry(name: str, value: Any) -> str:
-    """A section on a function or class, its own public methods and properties included."""
+    """A section on a function or class, with public methods and properties that are its own or of a private base."""
     if not (inspect.isclass(value) or inspect.isfunction(value)):
         return f"## `{name}`\n\n{_described(value)}\n"
     parts = [f"## `{name}`\n\n{_block(name, value)}\n"]
     if inspect.isclass(value) and not issubclass(value, Exception | tuple):
-        for key, member in vars(value).items():
+        for key, member in _members(value).items():
             if key.startswith("_") or not getattr(member, "__doc__", None):
                 continue
             if isinstance(member, property):
@@ -39,14 +40,26 @@ def entry(name: str, value: Any) -> str:
     return "\n".join(parts)
 
 
+def _members(value: type) -> dict[str, Any]:
+    """What a class has of its own, and of its private bases in this package."""
+    own = [base for base in value.__mro__ if base is value or _is_private(base)]
+    return {key: member for base in reversed(own) for key, member in vars(base).items()}
+
+
+def _is_private(base: type) -> bool:
+    return base.__module__.startswith("pcdeq_zoo") and base.__name__.startswith("_")
+
+
 def _block(name: str, value: Any) -> str:
     return f"```text\n{name}{_signature(value)}\n\n{inspect.getdoc(value)}\n```"
 
 
 def _signature(value: Any) -> str:
-    """With annotations as they are written; nothing for an exception."""
+    """With annotations as they are written; the members of an enumeration; nothing for an exception."""
     if inspect.isclass(value) and issubclass(value, Exception):
         return ""
+    if inspect.isclass(value) and issubclass(value, enum.Enum):
+        return ": " + ", ".join(f"{member.name} = {member.value}" for member in value)
     signature = inspect.signature(value)
     written = [p.replace(annotation=_written(p.annotation)) for p in signature.parameters.values()]
     return str(signature.replace(parameters=written, return_annotation=_written(signature.return_annotation)))

@@ -12,11 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import (
-    SelectAdaptivePool2d,
-    get_device_dtype,
-    to_2tuple,
-)
+from timm.layers import SelectAdaptivePool2d, get_device_dtype, to_2tuple
 from timm.models import (
     build_model_with_cfg,
     checkpoint_seq,

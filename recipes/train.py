@@ -500,7 +500,6 @@ def keep_memory() -> None:
 def main() -> None:
     keep_memory()
     sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show must not end a run
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without, cuBLAS is not deterministic
     config, recipe = parse(__doc__)
     output = config.output
     try:
@@ -521,6 +520,7 @@ def main() -> None:
         raise SystemExit(f"{config.report_to} is not installed: pip install {config.report_to}")
     if accelerator.device.type == "cuda":
         torch.use_deterministic_algorithms(True, warn_only=True)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS needs for that
 
     make_model(config, recipe)  # to hear now, before anything is written, that there is none
     images, labels = training_images(config, recipe, accelerator.num_processes)
